@@ -1,0 +1,144 @@
+"""Options: typed, validated, frozen dataclasses; one definition gives Python, TOML and the CLI.
+
+Ranges and documentation sit on the field (``Annotated[float, Field(gt=0, description="...")]``),
+so that ``fedkd show`` and error messages tell the same story as the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass as _pydantic_dataclass
+
+from fedkd.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def options(cls: type[T]) -> type[T]:
+    """Turn a class into a frozen, keyword-only dataclass whose values are checked when made.
+
+    Unknown keys, wrong types and values out of range raise pydantic's ``ValidationError``;
+    :func:`build` turns those into one readable :class:`~fedkd.errors.ConfigError`.
+    """
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    made = _pydantic_dataclass(frozen=True, kw_only=True, config=config)(cls)
+    return made  # type: ignore[return-value]
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Make ``cls`` from a table, or raise a :class:`ConfigError` that names key, rule and fix.
+
+    >>> @options
+    ... class Sgd:
+    ...     lr: Positive = 0.1
+    >>> build(Sgd, {"lr": -1}, "clients.training")
+    Traceback (most recent call last):
+    fedkd.errors.ConfigError: clients.training.lr = -1: Input should be greater than 0
+    >>> build(Sgd, {"rl": 1})
+    Traceback (most recent call last):
+    fedkd.errors.ConfigError: unknown key 'rl'; did you mean 'lr'? (allowed: lr)
+    """
+    allowed = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in allowed:
+            path = f"{where}.{key}" if where else key
+            listed = ", ".join(allowed) or "none"
+            raise ConfigError(f"unknown key {path!r}{nearest(key, allowed)} (allowed: {listed})")
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        raise ConfigError(explain(error, where)) from None
+
+
+def explain(error: pydantic.ValidationError, where: str = "") -> str:
+    """Say in one line for each problem which key is wrong, what it was and what is allowed."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = ".".join(str(p) for p in problem["loc"] if not str(p).startswith("function-"))
+        path = ".".join(p for p in (where, path) if p)
+        shown = problem["input"]
+        text = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{path} = {shown!r}: {text}" if problem["loc"] else f"{path}: {text}")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionDoc:
+    """One option as ``fedkd show`` prints it."""
+
+    name: str
+    type: str
+    default: str
+    allowed: str
+    description: str
+
+
+def describe(cls: type) -> list[OptionDoc]:
+    """Return name, type, default, allowed range and description of every option of ``cls``."""
+    schema = TypeAdapter(cls).json_schema()
+    docs = []
+    for name, declared in schema.get("properties", {}).items():
+        entry = _resolve(declared, schema)
+        default = entry.get("default", "required")
+        docs.append(
+            OptionDoc(
+                name=name,
+                type=_type(entry, schema),
+                default=_show(default),
+                allowed=_allowed(entry, schema),
+                description=entry.get("description", ""),
+            )
+        )
+    return docs
+
+
+def _show(value: Any) -> str:
+    return {"True": "true", "False": "false", "None": "none"}.get(str(value), str(value))
+
+
+def _resolve(entry: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    if "$ref" in entry:
+        target = schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]
+        return {**target, **{k: v for k, v in entry.items() if k != "$ref"}}
+    return entry
+
+
+def _type(entry: dict[str, Any], schema: dict[str, Any]) -> str:
+    entry = _resolve(entry, schema)
+    if "anyOf" in entry:
+        return " or ".join(_type(e, schema) for e in entry["anyOf"])
+    if "enum" in entry or "const" in entry:
+        return "choice"
+    if entry.get("type") == "array":
+        return f"list of {_type(entry.get('items', {}), schema)}"
+    return {"null": "none"}.get(entry.get("type", "any"), entry.get("type", "any"))
+
+
+def _allowed(entry: dict[str, Any], schema: dict[str, Any]) -> str:
+    entry = _resolve(entry, schema)
+    if "anyOf" in entry:
+        return " or ".join(a for a in (_allowed(e, schema) for e in entry["anyOf"]) if a)
+    if "enum" in entry:
+        return " | ".join(map(str, entry["enum"]))
+    if "const" in entry:
+        return str(entry["const"])
+    signs = {
+        "exclusiveMinimum": ">",
+        "minimum": ">=",
+        "exclusiveMaximum": "<",
+        "maximum": "<=",
+        "minItems": "length >=",
+    }
+    return ", ".join(f"{sign} {entry[key]}" for key, sign in signs.items() if key in entry)
