@@ -7,6 +7,7 @@ so that ``fedkd show`` and error messages tell the same story as the code.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -57,9 +58,14 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             listed = ", ".join(allowed) or "none"
             raise ConfigError(f"unknown key {path!r}{nearest(key, allowed)} (allowed: {listed})")
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return _adapter(cls).validate_python(dict(values))
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, where)) from None
+
+
+@functools.cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def explain(error: pydantic.ValidationError, where: str = "") -> str:
@@ -87,7 +93,7 @@ class OptionDoc:
 
 def describe(cls: type) -> list[OptionDoc]:
     """Return name, type, default, allowed range and description of every option of ``cls``."""
-    schema = TypeAdapter(cls).json_schema()
+    schema = _adapter(cls).json_schema()
     docs = []
     for name, declared in schema.get("properties", {}).items():
         entry = _resolve(declared, schema)

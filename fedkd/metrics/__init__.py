@@ -1,0 +1,1 @@
+"""Small pure functions from measured values to reported numbers."""

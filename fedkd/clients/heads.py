@@ -1,0 +1,114 @@
+"""Heads beside a network: they turn the features of one block into soft labels.
+
+The same small network serves on the client (beside its own blocks) and on the server (the global
+head of a cut), and is trained through the one loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedkd.clients.client import Client, Predictor
+from fedkd.clients.local import Batch, Term, fit
+from fedkd.clients.terms import Distil, Supervised
+from fedkd.clients.training import Training
+from fedkd.data.federated import Split
+from fedkd.distill.objectives.base import Objective
+from fedkd.distill.targets import SampleTargets
+from fedkd.models.base import BlockNet
+from fedkd.models.book import load, to_arrays
+from fedkd.models.initial import initialise
+from fedkd.rng import Rng
+from fedkd.types import Arrays
+
+
+def make_head(size: int, hidden: int, classes: int, rng: Rng, weights: Arrays) -> BlockNet:
+    """Return a head ``R^size -> R^classes`` with ``hidden`` units (0: linear) and ``weights``.
+
+    Parameters that ``weights`` does not hold are drawn from ``rng``.
+    """
+    first = nn.Sequential(nn.Linear(size, hidden), nn.ReLU()) if hidden else nn.Identity()
+    with torch.device("meta"):
+        head = BlockNet({"hidden": first}, nn.Linear(hidden or size, classes))
+    head.to_empty(device="cpu")
+    initialise(head, rng)
+    load(head, weights)
+    return head
+
+
+class Weighted(Term):
+    """Another term with a weight for each example, ``w_i * term_i``; w has mean 1."""
+
+    def __init__(self, term: Term, weights: Tensor) -> None:
+        self.term, self.weights, self.weight = term, weights / weights.mean(), term.weight
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.term(batch) * self.weights[batch.index]
+
+
+def train_head(
+    head: BlockNet,
+    features: Tensor,
+    labels: Tensor,
+    probs: Tensor,
+    weights: Tensor,
+    *,
+    objective: Objective,
+    temperature: float,
+    kd_weight: float,
+    training: Training,
+    rng: Rng,
+) -> None:
+    """Train a global head on what clients uploaded: ``CE + b T^2 D(p || softmax(G(h)/T))``.
+
+    ``features`` (n, d), ``labels`` (n,), ``probs`` (n, C) at ``temperature``, ``weights`` (n,).
+    """
+    terms: list[Term] = [Weighted(Supervised(), weights)]
+    if kd_weight:
+        distil = Distil(objective, SampleTargets(probs), temperature, kd_weight)
+        terms.append(Weighted(distil, weights))
+    fit(head, Split(features, labels), terms, training, training.lr, rng)
+
+
+@torch.inference_mode()
+def infer(model: BlockNet, x: Tensor, at: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits (n, C) and pooled features (n, d) by block, in evaluation mode, in chunks."""
+    model.eval()
+    parts = [model.forward_with_features(part, at) for part in x.split(4096)]
+    logits = torch.cat([p[0] for p in parts])
+    return logits, {b: torch.cat([p[1][b] for p in parts]) for b in at}
+
+
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """Return soft labels ``softmax(z / T)``, (n, C), as a constant."""
+    return functional.softmax(logits.detach() / temperature, dim=1)
+
+
+def through(model: BlockNet, head: nn.Module, block: str) -> Predictor:
+    """Return the predictor that reads ``head`` on the features of ``block`` (log-probabilities)."""
+    return lambda x: functional.log_softmax(head(model.features(x, block)), dim=1)
+
+
+def mixture(*predictors: Predictor) -> Predictor:
+    """Return the predictor whose probabilities are the mean of the given ones' probabilities."""
+
+    def predict(x: Tensor) -> Tensor:
+        logps = torch.stack([functional.log_softmax(p(x), dim=1) for p in predictors])
+        return logps.logsumexp(0) - torch.tensor(float(len(predictors))).log()
+
+    return predict
+
+
+def client_head(client: Client, block: str, size: int, hidden: int) -> BlockNet:
+    """Return a client's own head of a block: the one it kept, or the common fresh one."""
+    rng = Rng(client.seed, ("head", block))
+    prefix = f"head/{block}/"
+    kept = {k[len(prefix) :]: v for k, v in client.state.items() if k.startswith(prefix)}
+    return make_head(size, hidden, client.task.classes, rng, kept).to(client.device)
+
+
+def head_arrays(block: str, head: BlockNet) -> Arrays:
+    """Return a head's weights under ``head/<block>/``."""
+    return {f"head/{block}/{key}": value for key, value in to_arrays(head).items()}

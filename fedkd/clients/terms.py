@@ -1,0 +1,105 @@
+"""The loss terms that local training is put together from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedkd.clients.local import Batch, Term
+from fedkd.distill.objectives.base import Objective
+from fedkd.distill.targets import Targets
+from fedkd.models.base import BlockNet
+
+
+class Supervised(Term):
+    """Cross-entropy with the true label, ``-log softmax(z)_y``, optionally label-smoothed.
+
+    With smoothing s the target is ``(1 - s) onehot(y) + s / C``; s = 0 is plain cross-entropy.
+    """
+
+    name = "supervised"
+
+    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
+        self.weight, self.label_smoothing = weight, label_smoothing
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return functional.cross_entropy(
+            batch.logits, batch.y, reduction="none", label_smoothing=self.label_smoothing
+        )
+
+
+class Proximal(Term):
+    """``mu/2 * ||w - w0||^2`` over the named parameters (squared; its gradient is mu (w - w0)).
+
+    Source: Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, eq. 2.
+    mu = 0 is FedAvg: leave the term out.
+    """
+
+    dp = "weights-only"
+    name = "proximal"
+
+    def __init__(self, model: BlockNet, reference: Mapping[str, Tensor], mu: float) -> None:
+        self.weight = mu / 2
+        named = dict(model.named_parameters())
+        self._pairs = [(named[key], value) for key, value in reference.items() if key in named]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return torch.stack([(w - w0).square().sum() for w, w0 in self._pairs]).sum()
+
+
+class HeadSupervised(Term):
+    """Cross-entropy of a head that reads the features of one block beside the network."""
+
+    name = "head"
+
+    def __init__(self, head: nn.Module, block: str, weight: float) -> None:
+        self.head, self.block, self.weight = head, block, weight
+
+    def __call__(self, batch: Batch) -> Tensor:
+        logits = self.head(batch.features[self.block])
+        return functional.cross_entropy(logits, batch.y, reduction="none")
+
+    def at(self) -> frozenset[str]:
+        return frozenset({self.block})
+
+    def modules(self) -> Sequence[nn.Module]:
+        return (self.head,)
+
+
+class Distil(Term):
+    """An objective between the student's logits and a teacher's soft targets.
+
+    The student is the network's own output, or the given head on the features of ``block``. Examples
+    without a target (an absent class) contribute nothing and are not averaged as zeros of the
+    target: their loss is masked. Targets are constants: no gradient reaches a teacher.
+    """
+
+    name = "distil"
+
+    def __init__(
+        self,
+        objective: Objective,
+        targets: Targets,
+        temperature: float,
+        weight: float,
+        head: nn.Module | None = None,
+        block: str = "",
+    ) -> None:
+        self.objective, self.targets = objective, targets
+        self.temperature, self.weight = temperature, weight
+        self.head, self.block = head, block
+
+    def __call__(self, batch: Batch) -> Tensor:
+        probs, mask = self.targets(batch.y, batch.index)
+        logits = batch.logits if self.head is None else self.head(batch.features[self.block])
+        loss = self.objective(logits, probs, self.temperature)
+        return torch.where(mask, loss, torch.zeros_like(loss))
+
+    def at(self) -> frozenset[str]:
+        return frozenset() if self.head is None else frozenset({self.block})
+
+    def modules(self) -> Sequence[nn.Module]:
+        return () if self.head is None else (self.head,)

@@ -1,0 +1,61 @@
+"""How a client trains: optimizer, learning rate over rounds, local epochs or steps, clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fedkd.options import Count, NonNegative, Positive, options
+
+
+@options
+class Training:
+    """The local optimization of one round; the optimizer state starts afresh in every round."""
+
+    epochs: Annotated[int, Field(ge=1, description="local epochs a round")] = 1
+    steps: Annotated[
+        int, Field(ge=0, description="local steps a round instead of epochs; 0 counts epochs")
+    ] = 0
+    batch_size: Annotated[Count, Field(description="examples a step; the last may be smaller")] = 32
+    optimizer: Annotated[
+        Literal["sgd", "adam"], Field(description="sgd (with momentum below) or adam")
+    ] = "sgd"
+    lr: Annotated[Positive, Field(description="learning rate in round 1")] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of sgd")] = 0.0
+    weight_decay: Annotated[NonNegative, Field(description="L2 penalty in the optimizer")] = 0.0
+    schedule: Annotated[
+        Literal["constant", "cosine"], Field(description="learning rate over the rounds")
+    ] = "constant"
+    final_lr: Annotated[
+        float, Field(ge=0, le=1, description="share of lr left in the last round under cosine")
+    ] = 0.0
+    max_grad_norm: Annotated[
+        NonNegative, Field(description="clip the joint gradient norm of a step; 0 does not clip")
+    ] = 0.0
+
+    def lr_at(self, round_: int, rounds: int) -> float:
+        """Return the learning rate of a round.
+
+        Cosine: ``lr * (f + (1 - f) * (1 + cos(pi * (t - 1) / (R - 1))) / 2)`` for round t of R,
+        f = ``final_lr``; it is ``lr`` in round 1 and ``f * lr`` in round R. One round is constant.
+
+        >>> Training(lr=0.1, schedule="cosine").lr_at(1, 10)
+        0.1
+        """
+        if self.schedule == "constant" or rounds < 2:
+            return self.lr
+        wave = (1 + math.cos(math.pi * (round_ - 1) / (rounds - 1))) / 2
+        return self.lr * (self.final_lr + (1 - self.final_lr) * wave)
+
+    def make(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """Return a fresh optimizer over ``parameters`` with learning rate ``lr``."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )

@@ -1,0 +1,284 @@
+"""One experiment: frozen, typed, validated; from TOML with presets and ``key.sub=value`` overrides.
+
+Two experiments with equal results have equal :meth:`Experiment.digest`, however they were written.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BeforeValidator, Field
+
+from fedkd.clients.participation import Participation
+from fedkd.clients.training import Training
+from fedkd.errors import ConfigError
+from fedkd.options import Count, build, options
+from fedkd.presets import preset
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Component:
+    """The name of a registered component with its options."""
+
+    name: str
+    options: Table = dataclasses.field(default_factory=dict)
+
+    def table(self) -> Table:
+        """Return the TOML form: options beside the name."""
+        return {"name": self.name, **self.options}
+
+
+def _component(value: Any) -> Any:
+    if isinstance(value, str):
+        return Component(value)
+    if isinstance(value, Mapping):
+        if not isinstance(value.get("name"), str):
+            raise ValueError("a table needs a name, as in { name = 'fedavg' }")
+        return Component(value["name"], {k: v for k, v in value.items() if k != "name"})
+    if isinstance(value, Component):
+        return value
+    raise ValueError("give a name, or a table with a name and options")
+
+
+Named = Annotated[Component, BeforeValidator(_component)]
+
+
+@options
+class Data:
+    """Which data, how they are divided over clients, how much is held out for validation."""
+
+    source: Annotated[Named, Field(description="data source, see fedkd list")] = Component("digits")
+    partition: Annotated[Named, Field(description="how examples are divided")] = Component(
+        "dirichlet", {"alpha": 0.1}
+    )
+    validation: Annotated[
+        float, Field(ge=0, lt=1, description="share of a client's training data held out")
+    ] = 0.1
+    manifest: Annotated[str, Field(description="a saved partition to use instead")] = ""
+
+
+@options
+class Clients:
+    """The federation's clients: how many, who takes part, how they train, with which networks."""
+
+    count: Annotated[Count, Field(description="number of clients")] = 20
+    participation: Participation = Participation()
+    training: Training = Training()
+    models: Annotated[
+        tuple[Named, ...],
+        Field(description="networks by turns over the clients; empty: all have the model"),
+    ] = ()
+
+
+@options
+class Engine:
+    """How a run is carried out; nothing here changes a result."""
+
+    executor: Annotated[
+        str, Field(description="auto, serial (debuggable) or thread (bit-identical, faster)")
+    ] = "auto"
+    workers: Annotated[int, Field(ge=0, description="worker threads; 0: one for each core")] = 0
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where tensors live")] = (
+        "auto"
+    )
+    checkpoint_every: Annotated[Count, Field(description="rounds between checkpoints")] = 1
+
+
+@options
+class Evaluate:
+    """When and on what clients are judged."""
+
+    every: Annotated[Count, Field(description="rounds between evaluations; the last always")] = 1
+    last_k: Annotated[Count, Field(description="evaluations in the mean of the last k")] = 5
+    global_every: Annotated[
+        int, Field(ge=0, description="rounds between global-test evaluations; 0: the last only")
+    ] = 0
+    global_per_class: Annotated[
+        int, Field(ge=0, description="global test examples of each class; 0: all")
+    ] = 100
+
+
+@options
+class Experiment:
+    """Everything that defines a run, or a comparison of several."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = "run"
+    seed: Annotated[int, Field(ge=0, description="the seed of every random stream")] = 0
+    seeds: Annotated[
+        tuple[int, ...], Field(description="several seeds: every run once with each")
+    ] = ()
+    rounds: Annotated[Count, Field(description="rounds of communication")] = 20
+    strategy: Annotated[Named, Field(description="the method, see fedkd list")] = Component(
+        "fedd2s"
+    )
+    model: Annotated[Named, Field(description="the network, see fedkd list")] = Component("cnn")
+    privacy: Annotated[str, Field(description="privacy preset; 'none' claims nothing")] = "none"
+    data: Data = Data()
+    clients: Clients = Clients()
+    engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
+    compare: Annotated[
+        dict[str, Table],
+        Field(description="label -> what differs: run beside this experiment, in one table"),
+    ] = dataclasses.field(default_factory=dict)
+
+    def table(self) -> Table:
+        """Return this experiment as nested tables that TOML can hold."""
+        return _plain(self)
+
+    def toml(self) -> str:
+        """Return this experiment, every default written out, as TOML."""
+        return tomli_w.dumps(self.table())
+
+    def digest(self) -> str:
+        """Return a short hash of all that a result depends on (not of names, engine, others)."""
+        table = {
+            k: v for k, v in self.table().items() if k not in ("name", "engine", "compare", "seeds")
+        }
+        text = json.dumps(table, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def cells(self, workspace: Path | None = None) -> Iterator[Cell]:
+        """Return the single runs of this comparison: this one, then ``compare``, for each seed."""
+        variants: dict[str, Table] = {self.strategy.name: {}, **self.compare}
+        base = {k: v for k, v in self.table().items() if k not in ("compare", "seeds")}
+        for label, changes in variants.items():
+            table = copy.deepcopy(base)
+            for key, value in changes.items():
+                override(table, key, value)
+            for seed in self.seeds or (self.seed,):
+                table["seed"] = seed
+                yield Cell(label, seed, experiment(table, f"compare.{label}", workspace))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    label: str
+    seed: int
+    experiment: Experiment
+
+
+def experiment(
+    table: Mapping[str, Any], where: str = "", workspace: Path | None = None
+) -> Experiment:
+    """Make an :class:`Experiment` of nested tables; presets are filled in first.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value, named by its path.
+    """
+    full = copy.deepcopy(dict(table))
+    for kind in ("clients", "strategy"):
+        full = _with_preset(full, kind, workspace)
+    return build(Experiment, full, where)
+
+
+def load(
+    path: str | Path | None, overrides: Sequence[str] = (), workspace: Path | None = None
+) -> Experiment:
+    """Read an experiment from a TOML file (none: all defaults) and apply ``key.sub=value``.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, or what it says is impossible.
+    """
+    table: Table = {}
+    if path is not None:
+        file = Path(path)
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no experiment file {file}; see experiments/") from None
+        except IsADirectoryError:
+            raise ConfigError(f"{file} is a folder; name a TOML file in it") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not valid TOML: {error}") from None
+        table.setdefault("name", _slug(file.stem))
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"{text!r} is not an override; write key.sub=value, as in rounds=5")
+        override(table, key.strip(), parse(value.strip()))
+    return experiment(table, workspace=workspace)
+
+
+def parse(text: str) -> Any:
+    """Read the value of an override: a TOML value, a comma-separated list, else a string.
+
+    >>> parse("0.1"), parse("true"), parse("fedavg"), parse("0,1,2"), parse("fc1,conv2")
+    (0.1, True, 'fedavg', [0, 1, 2], ['fc1', 'conv2'])
+    """
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if "," in text:
+            return [parse(part.strip()) for part in text.split(",") if part.strip()]
+        return text
+
+
+def override(table: Table, path: str, value: Any) -> None:
+    """Set ``path`` in nested tables; a component's name becomes a table when it gets options.
+
+    >>> table = {"strategy": "fedd2s"}
+    >>> override(table, "strategy.temperature", 2.0); table
+    {'strategy': {'name': 'fedd2s', 'temperature': 2.0}}
+    """
+    *parents, last = path.split(".")
+    for key in parents:
+        inner = table.get(key, {})
+        if isinstance(inner, str):
+            inner = {"preset" if key == "clients" else "name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"cannot set {path!r}: {key!r} holds {inner!r}, which has no keys")
+        table[key] = inner
+        table = inner
+    present = table.get(last)
+    if isinstance(value, dict) and isinstance(present, dict) and "name" not in value:
+        for key, inner_value in value.items():
+            override(present, key, inner_value)
+    else:
+        table[last] = value
+
+
+def _with_preset(table: Table, kind: str, workspace: Path | None) -> Table:
+    given = table.get(kind)
+    key = "preset" if kind == "clients" else "name"
+    if isinstance(given, str):
+        given = {key: given}
+    if not isinstance(given, dict) or key not in given:
+        return table
+    found = preset(kind, given[key], workspace)
+    if found is None:
+        return table
+    rest = {k: v for k, v in given.items() if k != key}
+    for path, value in rest.items():
+        override(found, path, value)
+    return {**table, kind: found}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Component):
+        return _plain(value.table())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _slug(text: str) -> str:
+    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-._")
+    return kept or "run"

@@ -1,0 +1,199 @@
+"""A federation's data: what each client trains, validates and is tested on, made when asked for.
+
+A client that nobody trains costs its index arrays only; its tensors are made at first use, once,
+in the memory format that convolutions are fastest in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+
+import numpy as np
+import torch
+
+from fedkd.data.apportion import apportion, label_counts
+from fedkd.data.dataset import Dataset, stratified_order
+from fedkd.data.partition import Partition
+from fedkd.data.rotate import rotate
+from fedkd.errors import ConfigError
+from fedkd.rng import Rng
+from fedkd.types import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled examples as tensors: float32 ``x (n, ...)`` and int64 ``y (n,)``."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """What one client has; ``test`` follows the distribution that the client trains on."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+class Federation:
+    """A data set that was divided over clients; thread-safe. Made by :meth:`build`.
+
+    Attributes:
+        task: what is learned.
+        dataset: the data as the source gave them.
+        partition: which example belongs to whom.
+        clients: number of clients.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        partition: Partition,
+        train: list[np.ndarray],
+        validation: list[np.ndarray],
+        rng: Rng,
+    ) -> None:
+        self.dataset, self.partition = dataset, partition
+        self.task: Task = dataset.task()
+        self.clients = partition.clients
+        self._train, self._validation, self._rng = train, validation, rng
+        self._made: dict[int, ClientData] = {}
+        self._global: dict[int, Split] = {}
+        self._lock = Lock()
+
+    @classmethod
+    def build(
+        cls, dataset: Dataset, partition: Partition, *, validation: float = 0.1, rng: Rng
+    ) -> Federation:
+        """Take a validation part out of each client's training examples; see :func:`hold_out`.
+
+        Args:
+            dataset: the data.
+            partition: which example belongs to whom, as made by
+                :func:`~fedkd.data.partition.divide` or loaded from a manifest.
+            validation: the fraction of a client's training examples, in [0, 1).
+            rng: decides which examples are held out, and the order of the global test set.
+
+        Raises:
+            ConfigError: ``validation`` is out of range.
+            DataError: the partition is of another data set.
+        """
+        if not 0 <= validation < 1:
+            raise ConfigError(f"validation = {validation}: allowed: at least 0 and below 1")
+        partition.check(len(dataset.train_y), len(dataset.test_y))
+        pairs = [
+            hold_out(indices, dataset.train_y, validation, rng.child("validation", k))
+            for k, indices in enumerate(partition.train)
+        ]
+        train, held = [p[0] for p in pairs], [p[1] for p in pairs]
+        return cls(dataset, partition, train, held, rng)
+
+    def client(self, i: int) -> ClientData:
+        """Return the tensors of client ``i``, made at first use and kept."""
+        with self._lock:
+            if i not in self._made:
+                self._made[i] = ClientData(
+                    train=self._train_split([i], self._train),
+                    validation=self._train_split([i], self._validation),
+                    test=self._split("test", self.partition.test[i], self.partition.degrees[i]),
+                )
+            return self._made[i]
+
+    def counts(self) -> np.ndarray:
+        """Return how often each client trains on each class: int64 ``(clients, classes)``.
+
+        Validation examples are not counted, so that row i sums to ``train_size(i)``.
+        """
+        return self._counts.copy()
+
+    def train_size(self, i: int) -> int:
+        """Return the number of training examples of client ``i``, validation taken out."""
+        return len(self._train[i])
+
+    def absent(self, i: int) -> np.ndarray:
+        """Return the classes of which client ``i`` has no training example."""
+        return np.flatnonzero(self._counts[i] == 0)
+
+    def global_test(self, limit_per_class: int = 0) -> Split:
+        """Return the balanced test set: equally many official test examples of each class.
+
+        The number is that of the rarest class, or ``limit_per_class`` if that is smaller and not
+        0; a smaller set is contained in a larger one. Classes without any test example are left
+        out. Images are never rotated here, whatever the partition does to the clients.
+        """
+        with self._lock:
+            if limit_per_class not in self._global:
+                labels = self.dataset.test_y
+                present = np.unique(labels)
+                each = int(np.bincount(labels)[present].min())
+                each = min(each, limit_per_class) if limit_per_class > 0 else each
+                keep = []
+                for c in present:
+                    order = self._rng.child("global", int(c)).numpy()
+                    keep.append(order.permutation(np.flatnonzero(labels == c))[:each])
+                self._global[limit_per_class] = self._split("test", np.sort(np.concatenate(keep)))
+            return self._global[limit_per_class]
+
+    def pooled(self) -> ClientData:
+        """Return the union of all clients' train and of all validation parts, for one big client.
+
+        Its test part is the balanced :meth:`global_test`. Nothing of this is kept.
+        """
+        everybody = list(range(self.clients))
+        return ClientData(
+            train=self._train_split(everybody, self._train),
+            validation=self._train_split(everybody, self._validation),
+            test=self.global_test(),
+        )
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        return label_counts(self._train, self.dataset.train_y, self.dataset.classes)
+
+    def _train_split(self, who: list[int], parts: list[np.ndarray]) -> Split:
+        if not any(self.partition.degrees[i] for i in who):
+            return self._split("train", np.concatenate([parts[i] for i in who]))
+        made = [self._split("train", parts[i], self.partition.degrees[i]) for i in who]
+        return Split(compact(torch.cat([m.x for m in made])), torch.cat([m.y for m in made]))
+
+    def _split(self, part: str, indices: np.ndarray, degrees: float = 0.0) -> Split:
+        data = self.dataset
+        x, y = (data.train_x, data.train_y) if part == "train" else (data.test_x, data.test_y)
+        images = torch.from_numpy(x[indices])
+        return Split(compact(rotate(images, degrees)), torch.from_numpy(y[indices]))
+
+
+def hold_out(
+    indices: np.ndarray, labels: np.ndarray, fraction: float, rng: Rng
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide a client's training examples into a training and a validation part, both sorted.
+
+    The validation part holds ``fraction`` of them, rounded, but at least one where that is
+    possible, each class in proportion. Every class keeps at least one training example, so a class
+    held once, and so a client with one example, gives nothing to validation.
+    """
+    nothing = np.empty(0, dtype=np.int64)
+    mine = labels[indices]
+    spare = np.maximum(np.bincount(mine, minlength=1) - 1, 0)
+    wanted = max(1, round(fraction * len(indices))) if fraction > 0 else 0
+    total = min(wanted, int(spare.sum()))
+    if total == 0:
+        return indices, nothing
+    per_class = apportion(spare, total, rng.child("classes"))
+    order = stratified_order(mine, rng.child("order"))
+    held = np.concatenate([order[mine[order] == c][:n] for c, n in enumerate(per_class) if n])
+    mask = np.zeros(len(indices), dtype=bool)
+    mask[held] = True
+    return indices[~mask], indices[mask]
+
+
+def compact(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` without gaps in memory: images channels last, anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()

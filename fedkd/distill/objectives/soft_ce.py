@@ -1,0 +1,22 @@
+"""Cross-entropy with soft targets, the objective of federated distillation (Jeong et al. 2018)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from fedkd.distill.objectives.base import Objective, objectives
+from fedkd.options import options
+
+
+@objectives.register("soft-ce")
+@options
+class SoftCrossEntropy(Objective):
+    """Cross-entropy with soft targets: ``-T^2 sum_c p_c log q_c``.
+
+    Its gradient is that of forward KL; its value is larger by the teacher's entropy times T^2.
+    """
+
+    def __call__(self, logits: Tensor, probs: Tensor, temperature: float) -> Tensor:
+        student = functional.log_softmax(logits / temperature, dim=1)
+        return -(probs * student).sum(1) * temperature**2

@@ -1,0 +1,187 @@
+"""The client's side of a run as a Flower ClientApp: what one message makes one client do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedkd.clients.client import Client, Predictor
+from fedkd.clients.judge import judge
+from fedkd.data.federated import ClientData, Split
+from fedkd.engine.codec import Cache, decode, encode
+from fedkd.engine.setup import Prepared
+from fedkd.errors import RunError
+from fedkd.types import Arrays, Metrics
+
+STATE = "fedkd"
+"""The record of a node's Flower context that holds the client's memory."""
+OnFailure = Callable[[int, Client, Arrays, BaseException], None]
+
+
+class ClientSide:
+    """Handles the messages of all simulated clients; nothing of a client is kept here.
+
+    ``on_failure`` is told of a client whose local work raised, with what it was given.
+    """
+
+    def __init__(self, prepared: Prepared, on_failure: OnFailure | None = None) -> None:
+        self.prepared, self.on_failure = prepared, on_failure
+        self.broadcast_cache: Cache = {}
+
+    def app(self) -> ClientApp:
+        """Return the ClientApp with its ``train``, ``evaluate`` and ``query.describe`` actions."""
+        app = ClientApp()
+        app.train()(self.train)
+        app.evaluate()(self.evaluate)
+        app.query("describe")(self.describe)
+        return app
+
+    def describe(self, message: Message, context: Context) -> Message:
+        """Say which client of the federation this node is."""
+        metrics = MetricRecord({"client": client_id(context)})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    def train(self, message: Message, context: Context) -> Message:
+        """Do one client's local work of a round, keep its memory, judge it as ``own``."""
+        config = message.content["config"]
+        client = self.client(context, int(config["server-round"]))
+        received = decode(message.content["arrays"], self.broadcast_cache)
+        before = dict(client.state)
+        try:
+            update = self.prepared.strategy.local_update(client, received)
+            check_finite(update.arrays)
+        except Exception as error:
+            if self.on_failure is not None:
+                self.on_failure(client.round, _restored(client, before), received, error)
+            raise
+        context.state[STATE] = encode(client.state)
+        metrics = {f"fit|{key}": float(value) for key, value in update.metrics.items()}
+        if config["judge"]:
+            metrics |= self.judged(client, "own", update.predictors, bool(config["global"]))
+        metrics["num-examples"] = float(client.info.examples)
+        content = RecordDict(
+            {
+                "arrays": encode(update.arrays),
+                "metrics": MetricRecord(dict(sorted(metrics.items()))),
+            }
+        )
+        return Message(content, reply_to=message)
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """Judge a client after aggregation, as ``composite``."""
+        config = message.content["config"]
+        client = self.client(context, int(config["server-round"]))
+        received = decode(message.content["arrays"], self.broadcast_cache)
+        predictors = self.prepared.strategy.predictors(client, received)
+        metrics = self.judged(client, "composite", predictors, bool(config["global"]))
+        metrics["num-examples"] = float(client.info.examples)
+        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+    def client(self, context: Context, round_: int) -> Client:
+        """Return the client that a node is, with its memory."""
+        prepared = self.prepared
+        k = client_id(context)
+        if not 0 <= k < len(prepared.setting.clients):
+            raise RunError(
+                f"node {context.node_id} has partition-id {k}, but the federation has clients "
+                f"0 to {len(prepared.setting.clients) - 1}; set clients.count"
+            )
+        state = decode(context.state[STATE]) if STATE in context.state else {}
+        return Client(
+            info=prepared.setting.clients[k],
+            data=self.data(k),
+            state=state,
+            book=prepared.setting.book,
+            training=prepared.experiment.clients.training,
+            seed=prepared.experiment.seed,
+            round=round_,
+            rounds=prepared.experiment.rounds,
+            device=prepared.device,
+        )
+
+    def data(self, k: int) -> ClientData:
+        """Return a client's data on the device; a pooled strategy trains on everybody's."""
+        own = self.prepared.federation.client(k)
+        if self.prepared.strategy.pooled and k == 0:
+            own = ClientData(self._pool.train, own.validation, own.test)
+        if self.prepared.device.type == "cpu":
+            return own
+        return ClientData(*(self._moved(s) for s in (own.train, own.validation, own.test)))
+
+    def judged(
+        self, client: Client, readout: str, predictors: dict[str, Predictor], everywhere: bool
+    ) -> Metrics:
+        """Judge predictors on the client's own splits, and on the global test set if asked."""
+        classes = client.task.classes
+        found: Metrics = {}
+        for name, predict in predictors.items():
+            splits = {"validation": client.data.validation, "test": client.data.test}
+            for split, examples in splits.items():
+                verdict = judge(predict, examples, classes)
+                found[f"{readout}|{name}|{split}|accuracy"] = verdict.accuracy
+                found[f"{readout}|{name}|{split}|loss"] = verdict.loss
+            if everywhere:
+                verdict = judge(predict, self._global_test, classes)
+                absent = self.prepared.federation.absent(client.info.id)
+                held = int(verdict.total[absent].sum())
+                found[f"{readout}|{name}|global|accuracy"] = verdict.accuracy
+                hits = float(verdict.correct[absent].sum())
+                found[f"{readout}|{name}|absent|accuracy"] = hits / held if held else math.nan
+        return {key: value for key, value in found.items() if not math.isnan(value)}
+
+    def _moved(self, split: Split) -> Split:
+        device = self.prepared.device
+        return Split(split.x.to(device, non_blocking=True), split.y.to(device))
+
+    @cached_property
+    def _pool(self) -> ClientData:
+        return self.prepared.federation.pooled()
+
+    @cached_property
+    def _global_test(self) -> Split:
+        limit = self.prepared.experiment.evaluate.global_per_class
+        return self._moved(self.prepared.federation.global_test(limit))
+
+
+def client_id(context: Context) -> int:
+    """Return which client a node is.
+
+    Raises:
+        RunError: the node was started without a partition id.
+    """
+    config: dict[str, Any] = dict(context.node_config)
+    if "partition-id" not in config:
+        raise RunError(
+            f"node {context.node_id} has no partition-id; start it with "
+            '--node-config "partition-id=K num-partitions=N"'
+        )
+    return int(config["partition-id"])
+
+
+def check_finite(arrays: Arrays) -> None:
+    """Refuse an upload that is not finite: one bad client must not ruin the average.
+
+    Raises:
+        RunError: names the array.
+    """
+    for key, value in arrays.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise RunError(
+                f"upload {key!r} holds values that are not finite; lower the learning rate"
+            )
+
+
+def turn(round_: int, judge_now: bool, everywhere: bool) -> ConfigRecord:
+    """Return the record that tells a client which round it is and what to judge."""
+    return ConfigRecord({"server-round": round_, "judge": judge_now, "global": everywhere})
+
+
+def _restored(client: Client, before: Arrays) -> Client:
+    client.state = before
+    return client

@@ -1,0 +1,218 @@
+"""A fedkd strategy as a Flower strategy: the engine's own rounds and Flower's ``start()`` use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerBase
+
+from fedkd.engine.client_app import turn
+from fedkd.engine.codec import Cache, decode, encode
+from fedkd.engine.setup import Prepared
+from fedkd.errors import RunError
+from fedkd.rng import stream
+from fedkd.types import Arrays, Record, Upload
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What the replies of one exchange came to."""
+
+    state: Arrays
+    records: list[Record]
+    failures: list[str] = field(default_factory=list)
+
+
+class FlowerStrategy(FlowerBase):
+    """Runs any fedkd strategy under Flower's interface.
+
+    The server's state is the one ``ArrayRecord`` that Flower carries from round to round.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self._nodes: dict[int, int] = {}
+        self._state: Arrays = {}
+
+    # The engine's side: plain arrays and records.
+
+    def initial(self) -> Arrays:
+        """Return the server's state before round 1."""
+        rng = stream(self.prepared.experiment.seed, "server", "init")
+        return self.prepared.strategy.init(self.prepared.setting, rng)
+
+    def nodes(self, grid: Grid) -> dict[int, int]:
+        """Return the node id of each client, asked once over the grid.
+
+        Raises:
+            RunError: a client of the federation has no node.
+        """
+        if not self._nodes:
+            ids = list(grid.get_node_ids())
+            asks = [Message(RecordDict(), n, "query.describe", group_id="0") for n in ids]
+            for reply in grid.send_and_receive(asks):
+                if reply.has_content():
+                    k = int(reply.content["metrics"]["client"])
+                    self._nodes[k] = reply.metadata.src_node_id
+            missing = [k.id for k in self.prepared.setting.clients if k.id not in self._nodes]
+            if missing:
+                raise RunError(
+                    f"no node serves client {missing[0]} ({len(missing)} of "
+                    f"{len(self.prepared.setting.clients)} clients are missing)"
+                )
+        return self._nodes
+
+    def cohort(self, round_: int) -> list[int]:
+        """Return the clients that take part in a round."""
+        prepared = self.prepared
+        if prepared.strategy.pooled:
+            return list(prepared.cohort_of)
+        participation = prepared.experiment.clients.participation
+        return participation.cohort(prepared.experiment.seed, round_, prepared.cohort_of)
+
+    def judges(self, round_: int) -> tuple[bool, bool]:
+        """Return whether a round is judged, and whether on the global test set too."""
+        evaluate, rounds = self.prepared.experiment.evaluate, self.prepared.experiment.rounds
+        now = round_ % evaluate.every == 0 or round_ == rounds
+        every = evaluate.global_every
+        return now, now and (round_ == rounds or (every > 0 and round_ % every == 0))
+
+    def train_messages(self, round_: int, state: Arrays, grid: Grid) -> list[Message]:
+        """Return one message for each participant."""
+        nodes, cache = self.nodes(grid), Cache()
+        config = turn(round_, *self.judges(round_))
+        setting, strategy = self.prepared.setting, self.prepared.strategy
+        messages = []
+        for k in self.cohort(round_):
+            arrays = strategy.broadcast(state, setting.clients[k], round_, setting)
+            content = RecordDict({"arrays": encode(arrays, cache), "config": config})
+            messages.append(Message(content, nodes[k], "train", group_id=str(round_)))
+        return messages
+
+    def fold_train(self, round_: int, state: Arrays, replies: Iterable[Message]) -> Folded:
+        """Fuse the replies of participants, in ascending order of clients, into the next state.
+
+        Raises:
+            RunError: every participant failed.
+        """
+        client_of = {node: k for k, node in self._nodes.items()}
+        uploads, records, failures = {}, [], []
+        for reply in replies:
+            k = client_of[reply.metadata.src_node_id]
+            if reply.has_error():
+                failures.append(f"client {k}: {reply.error.reason}")
+                continue
+            arrays = decode(reply.content["arrays"])
+            uploads[k] = Upload(client=self.prepared.setting.clients[k], arrays=arrays)
+            records += unpack(round_, k, reply.content["metrics"])
+        if failures and not uploads:
+            raise RunError(f"all participants of round {round_} failed; {failures[0]}")
+        if not uploads:
+            return Folded(state, records, failures)
+        ordered = [uploads[k] for k in sorted(uploads)]
+        state, metrics = self.prepared.strategy.aggregate(
+            state, ordered, round_, self.prepared.setting
+        )
+        records += [Record(round=round_, metric=m, value=float(v)) for m, v in metrics.items()]
+        return Folded(state, records, failures)
+
+    def evaluate_messages(self, round_: int, state: Arrays, grid: Grid) -> list[Message]:
+        """Return one message for each client of the federation, if the round is judged."""
+        now, everywhere = self.judges(round_)
+        nodes, cache = self.nodes(grid), Cache()
+        setting, strategy = self.prepared.setting, self.prepared.strategy
+        messages = []
+        for client in setting.clients if now else ():
+            arrays = strategy.judging(state, client, round_, setting)
+            content = RecordDict(
+                {"arrays": encode(arrays, cache), "config": turn(round_, True, everywhere)}
+            )
+            messages.append(Message(content, nodes[client.id], "evaluate", group_id=str(round_)))
+        return messages
+
+    def fold_evaluate(self, round_: int, replies: Iterable[Message]) -> Folded:
+        """Return the records of a judged round."""
+        client_of = {node: k for k, node in self._nodes.items()}
+        records, failures = [], []
+        for reply in replies:
+            k = client_of[reply.metadata.src_node_id]
+            if reply.has_error():
+                failures.append(f"client {k}: {reply.error.reason}")
+            else:
+                records += unpack(round_, k, reply.content["metrics"])
+        return Folded({}, records, failures)
+
+    # Flower's side.
+
+    def initial_arrays(self) -> ArrayRecord:
+        """Return the ``initial_arrays`` for ``start()``."""
+        return encode(self.initial())
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return this round's messages to participants."""
+        self._state = decode(arrays)
+        return self.train_messages(server_round, self._state, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the next state and the mean of every metric over participants."""
+        folded = self.fold_train(server_round, self._state, replies)
+        return encode(folded.state), means(folded.records)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the messages that ask every client to be judged."""
+        return self.evaluate_messages(server_round, decode(arrays), grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the unweighted mean of every metric over clients."""
+        return means(self.fold_evaluate(server_round, replies).records)
+
+    def summary(self) -> None:
+        """Print nothing: the run folder and the table say more."""
+
+
+def unpack(round_: int, client: int, metrics: MetricRecord) -> list[Record]:
+    """Return a client's metrics as records; keys are ``readout|predictor|split|metric``."""
+    records = []
+    for key, value in metrics.items():
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            continue
+        match key.split("|"):
+            case ["fit", name]:
+                made = Record(
+                    round=round_, client=client, split="train", metric=name, value=float(value)
+                )
+            case [readout, predict, split, name]:
+                made = Record(
+                    round=round_,
+                    client=client,
+                    split=split,
+                    readout=readout,
+                    predict=predict,
+                    metric=name,
+                    value=float(value),
+                )
+            case _:
+                continue
+        records.append(made)
+    return records
+
+
+def means(records: list[Record]) -> MetricRecord:
+    """Return the unweighted mean over clients of every metric, under one name each."""
+    groups: dict[str, list[float]] = {}
+    for r in records:
+        name = "/".join(p for p in (r.readout, r.predict, r.split, r.metric) if p)
+        groups.setdefault(name, []).append(r.value)
+    return MetricRecord({name: float(np.mean(values)) for name, values in groups.items()})

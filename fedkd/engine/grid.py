@@ -1,0 +1,302 @@
+"""A Flower Grid inside one process, which Flower itself has no supported way to do.
+
+It answers messages by calling the ClientApp directly: deterministic node ids, state for each
+node, replies in request order, errors as Flower's error replies.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedkd.engine import flower_private
+from fedkd.engine.executors import Executor, Outcome, Serial, attempt
+from fedkd.engine.ledger import Ledger
+from fedkd.errors import ConfigError, RunError
+
+log = logging.getLogger(__name__)
+
+RUN_ID = 1
+FIRST_NODE_ID = 1000
+PATIENCE = 10
+
+UserConfig = dict[str, bool | float | int | str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One message that got an error instead of an answer; ``group_id`` is Flower's round.
+
+    ``traceback`` is empty where the client app itself answered with an error.
+    """
+
+    node_id: int
+    partition_id: int
+    message_type: str
+    group_id: str
+    error: str
+    traceback: str
+
+
+class LocalGrid(Grid):
+    """Runs messages through ``client_app`` in this process.
+
+    Args:
+        client_app: a Flower ``ClientApp``, or any ``f(message, context) -> Message``.
+        num_nodes: nodes; node ``1000 + p`` has ``partition-id`` p in its ``node_config``.
+        run_config: given to every node.
+        node_configs: extra ``node_config`` for each node, in partition order.
+        executor: how the messages of one push are run; :class:`Serial` by default.
+        ledger: counts bytes where given.
+        costs: expected cost of a message, for the executor's order of starting.
+
+    Messages to one node run in request order on one worker, since they share its ``Context``.
+    Every message is answered before ``push_messages`` returns, so timeouts never strike.
+    """
+
+    def __init__(
+        self,
+        client_app: Callable[[Message, Context], Message],
+        num_nodes: int,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+        node_configs: Sequence[Mapping[str, Any]] | None = None,
+        executor: Executor | None = None,
+        ledger: Ledger | None = None,
+        costs: Callable[[Message], float] | None = None,
+    ) -> None:
+        if node_configs is not None and len(node_configs) != num_nodes:
+            raise ConfigError(
+                f"node_configs has {len(node_configs)} entries for {num_nodes} nodes: give one each"
+            )
+        self.client_app, self.executor, self.ledger = client_app, executor or Serial(), ledger
+        self.costs = costs
+        self.failures: list[Failure] = []
+        self.contexts: dict[int, Context] = {}
+        for partition in range(num_nodes):
+            own = dict(node_configs[partition]) if node_configs else {}
+            self.contexts[FIRST_NODE_ID + partition] = Context(
+                run_id=RUN_ID,
+                node_id=FIRST_NODE_ID + partition,
+                node_config={"partition-id": partition, "num-partitions": num_nodes, **own},
+                state=RecordDict(),
+                run_config=dict(run_config or {}),
+            )
+        self._run = flower_private.empty_run(RUN_ID)
+        self._sent = 0
+        self._waiting_for_nodes = 0
+        self._replies: dict[str, Message] = {}
+        # Flower's legacy servers push from several threads at once.
+        self._lock = threading.RLock()
+        self._server_thread = threading.get_ident()
+
+    def set_run(self, run: Any) -> None:
+        """Replace the description of the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """Flower's description of this run; only its ``run_id`` means something here."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message; apps of today call ``Message(...)`` instead."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the ids of all nodes in partition order.
+
+        Raises:
+            RunError: the server app keeps asking and sends nothing. It waits for more nodes than
+                there are, and the number never changes here, so it would wait for ever.
+        """
+        if threading.get_ident() == self._server_thread:
+            self._waiting_for_nodes += 1
+            if self._waiting_for_nodes > PATIENCE:
+                raise RunError(
+                    f"the server app waits for more nodes than the {len(self.contexts)} there are:"
+                    " lower its min_available_nodes, min_train_nodes and min_evaluate_nodes (2 by"
+                    " default in Flower's strategies) or raise num_supernodes"
+                )
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Run the messages and return their ids; the replies wait for :meth:`pull_messages`.
+
+        Raises:
+            TypeError: an item is not a message with content.
+        """
+        batch = list(messages)
+        self._waiting_for_nodes = 0
+        with self._lock:
+            for message in batch:
+                self._identify(message)
+            outcomes = self._run_batch(batch)
+            for message, outcome in zip(batch, outcomes, strict=True):
+                self._replies[message.metadata.message_id] = self._settle(message, outcome)
+        return [message.metadata.message_id for message in batch]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return each reply once, in the order in which the messages were pushed."""
+        with self._lock:
+            wanted = set(message_ids)
+            found = [known for known in self._replies if known in wanted]
+            return [self._replies.pop(message_id) for message_id in found]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Run the messages and return one reply for each, in the same order."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _identify(self, message: Message) -> None:
+        if not isinstance(message, Message) or not message.has_content():
+            raise TypeError(f"expected messages with content, got {message!r:.200}")
+        self._sent += 1
+        server = flower_private.SUPERLINK_NODE_ID
+        flower_private.stamp(message, str(self._sent), self._run.run_id, server)
+
+    def _run_batch(self, batch: list[Message]) -> list[Outcome[Message]]:
+        by_node: dict[int, list[int]] = {}
+        for index, message in enumerate(batch):
+            by_node.setdefault(message.metadata.dst_node_id, []).append(index)
+        groups = list(by_node.values())
+
+        def run(group: int) -> list[Outcome[Message]]:
+            return [attempt(self._answer, batch[index]) for index in groups[group]]
+
+        cost = self.costs or (lambda _: 1.0)
+        costs = [sum(cost(batch[index]) for index in group) for group in groups]
+        done: dict[int, Outcome[Message]] = {}
+        for group, outcome in zip(groups, self.executor.map(run, costs), strict=True):
+            done.update(zip(group, outcome.get(), strict=True))
+        return [done[index] for index in range(len(batch))]
+
+    def _answer(self, message: Message) -> Message:
+        """Call the client app; runs in a worker."""
+        context = self.contexts.get(message.metadata.dst_node_id)
+        if context is None:
+            raise _NoSuchNodeError(
+                f"there is no node {message.metadata.dst_node_id}: the nodes are "
+                f"{FIRST_NODE_ID} to {FIRST_NODE_ID + len(self.contexts) - 1}"
+            )
+        reply = self.client_app(_copy_for_client(message), context)
+        if not isinstance(reply, Message):
+            raise TypeError(
+                f"the client app returned {type(reply).__name__} for a {kind(message)!r} message; "
+                "it must return a Message: `return Message(content, reply_to=message)`"
+            )
+        if reply.metadata.reply_to_message_id != message.metadata.message_id:
+            raise ValueError(
+                "the client app returned a message that answers none; make it with "
+                "`Message(content, reply_to=message)`"
+            )
+        if reply.has_content():
+            reply.content = copied(reply.content)
+        return reply
+
+    def _settle(self, message: Message, outcome: Outcome[Message]) -> Message:
+        """Turn an outcome into the reply, and write down what crossed the grid."""
+        metadata = message.metadata
+        if outcome.error is None:
+            reply = outcome.get()
+            if reply.has_error():
+                self._fail(message, f"error {reply.error.code}: {reply.error.reason}", "")
+        else:
+            missing = isinstance(outcome.error, _NoSuchNodeError)
+            code = flower_private.NODE_UNAVAILABLE if missing else flower_private.CLIENT_APP_RAISED
+            reply = Message(Error(code, repr(outcome.error)), reply_to=message)
+            self._fail(message, repr(outcome.error), outcome.traceback)
+        reply_id = f"{metadata.message_id}-reply"
+        flower_private.stamp(reply, reply_id, self._run.run_id, metadata.dst_node_id)
+        if self.ledger is not None and metadata.dst_node_id in self.contexts:
+            self.ledger.add(round_of(message), kind(message), "down", message.content)
+            if reply.has_content():
+                self.ledger.add(round_of(message), kind(message), "up", reply.content)
+        return reply
+
+    def _fail(self, message: Message, error: str, trace: str) -> None:
+        metadata = message.metadata
+        failure = Failure(
+            node_id=metadata.dst_node_id,
+            partition_id=metadata.dst_node_id - FIRST_NODE_ID,
+            message_type=kind(message),
+            group_id=metadata.group_id,
+            error=error,
+            traceback=trace,
+        )
+        # A defect of the app fails every client in the same way: one traceback says it.
+        known = any(f.traceback == trace for f in self.failures)
+        self.failures.append(failure)
+        log.error(
+            "client %d failed in %r of round %s: %s%s",
+            failure.partition_id,
+            failure.message_type,
+            failure.group_id or "?",
+            error,
+            "" if known or not trace else f"\n{trace}",
+        )
+
+
+class _NoSuchNodeError(LookupError):
+    """A message was sent to a node that does not exist."""
+
+
+def kind(message: Message) -> str:
+    """Return the message type, for instance ``train`` or ``query.logits``."""
+    return str(message.metadata.message_type)
+
+
+def round_of(message: Message) -> int:
+    """Return the round that a message belongs to: its group id, or 0 where that is no number."""
+    group = message.metadata.group_id
+    return int(group) if group.isdecimal() else 0
+
+
+def copied(content: RecordDict) -> RecordDict:
+    """Return new records with the same values, so that no side can change the other's.
+
+    The bytes of arrays are immutable and stay shared: :func:`fedkd.engine.codec.decode` sees from
+    that which arrays it has decoded before.
+    """
+    fresh = RecordDict()
+    for name, record in content.items():
+        fresh[name] = _copied(record)
+    return fresh
+
+
+def _copied(record: Any) -> ArrayRecord | MetricRecord | ConfigRecord:
+    if isinstance(record, ArrayRecord):
+        arrays = ArrayRecord()
+        for key, array in record.items():
+            arrays[key] = copy.copy(array)
+        return arrays
+    values = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
+    return MetricRecord(values) if isinstance(record, MetricRecord) else ConfigRecord(values)
+
+
+def _copy_for_client(message: Message) -> Message:
+    metadata = message.metadata
+    mine = Message(
+        copied(message.content),
+        metadata.dst_node_id,
+        metadata.message_type,
+        ttl=metadata.ttl,
+        group_id=metadata.group_id,
+    )
+    flower_private.stamp(mine, metadata.message_id, metadata.run_id, metadata.src_node_id)
+    return mine

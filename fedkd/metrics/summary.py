@@ -1,0 +1,105 @@
+"""The summary of one run: every read-out by last round, mean of the last k, chosen on validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedkd.metrics.accuracy import user_accuracy, weighted_accuracy
+from fedkd.metrics.fairness import spread
+from fedkd.metrics.log import READOUTS, Log
+from fedkd.metrics.selection import chosen_on_validation
+
+
+def summarise(log: Log, last_k: int) -> dict[str, Any]:
+    """Return accuracies by read-out and predictor, with fairness, loss, bytes and seconds.
+
+    Each entry of ``readouts`` has ``last`` (the last judged round), ``mean_last_k`` and
+    ``chosen_on_validation`` (the round with the best mean validation accuracy; never the best on
+    test). Each has ``user_accuracy`` (unweighted mean over clients), ``weighted_accuracy`` (by
+    test examples), ``std``, ``worst_share``, ``jain`` and, last only, ``by_client``.
+    """
+    readouts: dict[str, Any] = {}
+    for readout in READOUTS:
+        source = "own" if readout == "stale" else readout
+        for predict in log.predictors(source):
+            entry = _readout(log, readout, predict, last_k)
+            if entry:
+                readouts.setdefault(readout, {})[predict] = entry
+    return {"readouts": readouts, "bytes": _bytes(log), "seconds": _seconds(log)}
+
+
+def _readout(log: Log, readout: str, predict: str, last_k: int) -> dict[str, Any]:
+    test = log.table("accuracy", "test", readout, predict)
+    if test.size == 0 or np.isnan(test).all():
+        return {}
+    examples = log.by_client("examples", "test")
+    rounds = log.rounds("accuracy", "own" if readout == "stale" else readout)
+    with_values = [i for i in range(len(test)) if not np.isnan(test[i]).all()]
+    final = with_values[-1]
+    found: dict[str, Any] = {
+        "last": {"round": rounds[final], **_judged(test[final], examples)},
+        "mean_last_k": _mean([_judged(test[i], examples) for i in with_values[-last_k:]]),
+    }
+    found["last"]["by_client"] = [None if np.isnan(v) else float(v) for v in test[final]]
+    validation = log.table("accuracy", "validation", readout, predict)
+    if not np.isnan(validation).all():
+        usable = [i for i in with_values if not np.isnan(validation[i]).all()]
+        best, _ = chosen_on_validation(
+            [float(np.nanmean(validation[i])) for i in usable],
+            [float(np.nanmean(test[i])) for i in usable],
+        )
+        row = usable[best]
+        found["chosen_on_validation"] = {
+            "round": rounds[row],
+            **_judged(test[row], examples),
+        }
+    loss = log.table("loss", "test", readout, predict)
+    found["last"]["loss"] = _nanmean(loss[final])
+    for split in ("global", "absent"):
+        values = log.table("accuracy", split, readout, predict)[final]
+        if not np.isnan(values).all():
+            found["last"][f"{split}_accuracy"] = _nanmean(values)
+    return found
+
+
+def _judged(row: np.ndarray, examples: np.ndarray) -> dict[str, float]:
+    seen = ~np.isnan(row)
+    values = row[seen]
+    weights = np.where(np.isnan(examples[seen]), 1.0, examples[seen])
+    return {
+        "clients": float(seen.sum()),
+        "user_accuracy": user_accuracy(values),
+        "weighted_accuracy": weighted_accuracy(values, weights),
+        **spread(values),
+    }
+
+
+def _mean(entries: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([e[key] for e in entries])) for key in entries[0]}
+
+
+def _nanmean(values: np.ndarray) -> float | None:
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _bytes(log: Log) -> dict[str, float]:
+    """Return bytes of training by direction: tensors in all, by kind, and on the wire."""
+    totals: dict[str, float] = {}
+    for r in log.records:
+        if r.metric.startswith(("bytes_", "wire_bytes_")) and r.split in ("train", "evaluate"):
+            name = r.metric if r.split == "train" else f"evaluate/{r.metric}"
+            totals[name] = totals.get(name, 0.0) + r.value
+    return totals
+
+
+def _seconds(log: Log) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for r in log.records:
+        if r.metric == "seconds":
+            totals[r.split] = totals.get(r.split, 0.0) + r.value
+    rounds = len(log.series("seconds", "train"))
+    if rounds:
+        totals["train_per_round"] = totals["train"] / rounds
+    return totals

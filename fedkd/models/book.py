@@ -1,0 +1,106 @@
+"""The architectures of one federation and their initial weights, the same on every side.
+
+Initial weights come from an addressed stream, so the server and every client have them without
+sending them, and clients of one architecture start alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedkd.models.base import BlockNet, block_of, build
+from fedkd.rng import stream
+from fedkd.types import Arrays, Task
+
+
+class ModelBook:
+    """Builds the networks of a federation by architecture label.
+
+    Args:
+        task: what is learned.
+        specs: label -> (model name, options), for instance ``{"cnn": ("cnn", {})}``.
+        seed: the run's seed; it addresses the initial weights.
+    """
+
+    def __init__(self, task: Task, specs: Mapping[str, tuple[str, Mapping[str, Any]]], seed: int):
+        self.task, self.specs, self.seed = task, dict(specs), seed
+        self._initial: dict[str, Arrays] = {}
+        self._prototypes: dict[str, BlockNet] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The architecture labels, the first is the federation's own."""
+        return tuple(self.specs)
+
+    def initial(self, label: str) -> Arrays:
+        """Return the initial weights of an architecture; shared, not to be changed."""
+        with self._lock:
+            self._prototype(label)
+            return self._initial[label]
+
+    def make(self, label: str, *sources: Arrays, device: torch.device | str = "cpu") -> BlockNet:
+        """Return a network with its initial weights overwritten by each source in turn.
+
+        Keys of a source that the network does not have are ignored.
+
+        Raises:
+            ValueError: a source holds an array of another shape than the network's.
+        """
+        weights = dict(self.initial(label))
+        for source in sources:
+            weights.update({key: value for key, value in source.items() if key in weights})
+        with self._lock:
+            model = copy.deepcopy(self._prototype(label))
+        load(model, weights)
+        return model.to(device)
+
+    def blocks(self, label: str) -> tuple[str, ...]:
+        """Return the block names from shallow to deep, ``head`` last."""
+        names = [block_of(key) for key in self.initial(label)]
+        return tuple(dict.fromkeys(names))
+
+    def shapes(self, label: str) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every weight of an architecture."""
+        return {key: value.shape for key, value in self.initial(label).items()}
+
+    def _prototype(self, label: str) -> BlockNet:
+        """Return the network that others are copied from: copying is cheaper than building."""
+        if label not in self._prototypes:
+            name, options = self.specs[label]
+            rng = stream(self.seed, "model", name)
+            self._prototypes[label] = build(name, options, self.task, rng)
+            self._initial[label] = to_arrays(self._prototypes[label])
+        return self._prototypes[label]
+
+
+def to_arrays(module: torch.nn.Module) -> Arrays:
+    """Return a copy of a module's parameters as arrays."""
+    return {
+        key: value.detach().cpu().contiguous().numpy().copy()
+        for key, value in module.named_parameters()
+    }
+
+
+def load(module: torch.nn.Module, arrays: Arrays) -> None:
+    """Copy arrays into the parameters of the same name; other parameters stay as they are.
+
+    Raises:
+        ValueError: an array has another shape than its parameter.
+    """
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if key not in arrays:
+                continue
+            value = arrays[key]
+            if tuple(value.shape) != tuple(parameter.shape):
+                raise ValueError(
+                    f"array {key!r} has shape {value.shape}, expected {tuple(parameter.shape)}"
+                )
+            parameter.copy_(torch.from_numpy(np.array(value)))

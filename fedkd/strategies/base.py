@@ -1,0 +1,87 @@
+"""What a strategy is: which knowledge travels, what the client makes of it, how it is fused.
+
+A strategy is a frozen set of hyper-parameters. What changes over rounds is the server's ``Arrays``
+and each client's ``state``; both are saved, so a strategy that keeps nothing else resumes for free.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedkd.clients.client import Client, Predictor, Update
+from fedkd.models.book import ModelBook
+from fedkd.registry import Registry
+from fedkd.rng import Rng
+from fedkd.types import Arrays, ClientInfo, Metrics, Task, Upload
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the server knows before round 1: the task, the architectures, the clients, the rounds."""
+
+    task: Task
+    book: ModelBook
+    clients: tuple[ClientInfo, ...]
+    rounds: int
+    seed: int
+
+
+class Strategy(ABC):
+    """The hooks that a federated method fills in; everything else is the engine's.
+
+    ``source`` cites the method; ``evidence`` is ``paper`` where it was read in full and
+    ``reconstruction`` where it was not. ``mixed`` says whether clients may have different
+    architectures; ``pooled`` that one pseudo-client trains on the union of all data (an upper
+    bound, not a federation).
+    """
+
+    source: ClassVar[str] = ""
+    evidence: ClassVar[str] = "paper"
+    mixed: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
+
+    def problems(self, setting: Setting) -> list[str]:
+        """Return what in this setting the strategy cannot work with, before any round is run."""
+        if not self.mixed and len({c.model for c in setting.clients}) > 1:
+            return [
+                "clients have different architectures, but this strategy averages whole networks; "
+                "give all clients one model, or use a strategy that allows mixed models "
+                "(local-only, lg-fedavg with equal heads, fedd2s with reading = 'up_to_cut')"
+            ]
+        return []
+
+    @abstractmethod
+    def init(self, setting: Setting, rng: Rng) -> Arrays:
+        """Return the server's state before round 1."""
+
+    @abstractmethod
+    def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        """Return what one client receives in a round."""
+
+    def judging(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        """Return what one client receives to be judged after aggregation."""
+        return self.broadcast(state, client, round_, setting)
+
+    @abstractmethod
+    def local_update(self, client: Client, received: Arrays) -> Update:
+        """Do one client's work of a round; mostly one ``client.fit(...)``."""
+
+    @abstractmethod
+    def aggregate(
+        self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
+    ) -> tuple[Arrays, Metrics]:
+        """Fuse the uploads, given in ascending order of clients, into the next server state."""
+
+    @abstractmethod
+    def predictors(self, client: Client, received: Arrays) -> dict[str, Predictor]:
+        """Return the predictors that this client is judged by after aggregation (``composite``)."""
+
+    def server_model(self, state: Arrays) -> Arrays | None:
+        """Return the weights of the global network, where there is a whole one."""
+        return None
+
+
+strategies: Registry[type[Strategy]] = Registry("strategy", "fedkd.strategies", "strategies")

@@ -1,0 +1,304 @@
+"""FedD2S: personalised data-free federated distillation with deep-to-shallow layer dropping.
+
+A reconstruction: only the abstract and summaries of the paper could be read. Three readings of it
+are offered; each detail that the sources leave open is an option (see ``fedkd show fedd2s``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from fedkd.clients.client import Client, Predictor, Update
+from fedkd.clients.heads import (
+    client_head,
+    head_arrays,
+    infer,
+    make_head,
+    mixture,
+    soften,
+    through,
+)
+from fedkd.clients.local import Term
+from fedkd.clients.terms import Distil, HeadSupervised, Supervised
+from fedkd.distill.fusion import class_means
+from fedkd.distill.objectives.base import objectives
+from fedkd.distill.targets import ClassTargets, SampleTargets, Targets
+from fedkd.models.base import BlockNet
+from fedkd.options import Count, NonNegative, Positive, options
+from fedkd.strategies.averaging import ModelAveraging, loss_metrics
+from fedkd.strategies.base import Setting, strategies
+from fedkd.strategies.fedd2s_server import Exchange
+from fedkd.strategies.schedule import LayerSchedule
+from fedkd.types import Arrays, ClientInfo, Metrics, Upload, select
+
+OUTPUT = "output"
+
+
+@strategies.register("fedd2s")
+@options
+class FedD2S(ModelAveraging):
+    """Deep-to-shallow layer dropping in federated distillation (a reconstruction).
+
+    ``reading = "averaging"``: blocks are averaged, the deepest leave the federation one by one and
+    become personal; soft labels of the output travel beside them. ``"cut"``: no weights travel; one
+    cut is active, heads beside the network turn its features into soft labels, the server's global
+    head learns from all clients and teaches back. ``"up_to_cut"``: as before, but every point up to
+    the cut takes part, the output included. Local loss:
+
+    ``CE(f(x), y) + sum_p [lam_h CE(g_p(x), y) + a T^2 D(q_p || softmax(g_p(x)/T))]``
+
+    over the points p that take part, with q the leave-one-out soft labels; the output p has g = f
+    and no lam_h term. Limits: ``kd_weight = head_weight = 0`` in the cut readings is local-only bit
+    for bit; in ``averaging`` without dropping it is FedAvg, with ``first_drop = 1`` FedPer.
+    Source: Atapour et al., FedD2S, arXiv:2402.10846 (abstract and summaries only).
+    """
+
+    source = "Atapour et al., arXiv:2402.10846 (abstract and summaries only)"
+    evidence = "reconstruction"
+
+    reading: Annotated[
+        Literal["averaging", "cut", "up_to_cut"], Field(description="which reading of the paper")
+    ] = "averaging"
+    drop_every: Annotated[
+        int,
+        Field(ge=0, description="rounds between drops (the dropping rate); 0: one drop at most"),
+    ] = 0
+    first_drop: Annotated[
+        int, Field(ge=0, description="round of the first drop; 0 means drop_every + 1, or never")
+    ] = 1
+    drops: Annotated[int, Field(ge=0, description="how many blocks or cuts leave at most")] = 1
+    handover: Annotated[
+        Literal["global", "local"],
+        Field(description="a dropped block goes on from the last average or the client's copy"),
+    ] = "global"
+    cuts: Annotated[
+        tuple[str, ...],
+        Field(description="dropping set: blocks or 'output', deep to shallow; empty means all"),
+    ] = ()
+    payload: Annotated[
+        Literal["per_class", "per_sample"], Field(description="class means, or every example")
+    ] = "per_class"
+    send: Annotated[
+        Literal["labels", "head"], Field(description="what a cut's teacher sends back")
+    ] = "labels"
+    share: Annotated[
+        Literal["own", "mean", "leave_one_out"],
+        Field(description="whose soft labels a client is taught; own is a control"),
+    ] = "leave_one_out"
+    label_weighting: Annotated[
+        Literal["uniform", "examples"], Field(description="weights of clients in soft labels")
+    ] = "uniform"
+    objective: Annotated[str, Field(description="distillation objective, see fedkd list")] = "kl"
+    temperature: Annotated[Positive, Field(description="T of student and teacher")] = 1.0
+    kd_weight: Annotated[NonNegative, Field(description="a, weight of distillation")] = 1.0
+    kd_warmup: Annotated[int, Field(ge=0, description="rounds of a linear rise of kd_weight")] = 0
+    head_weight: Annotated[NonNegative, Field(description="lam_h, weight of heads' labels")] = 1.0
+    head_hidden: Annotated[int, Field(ge=0, description="hidden units of a head; 0: linear")] = 64
+    server_epochs: Annotated[Count, Field(description="epochs of the global heads a round")] = 5
+    server_lr: Annotated[Positive, Field(description="learning rate of the global heads")] = 0.05
+    server_batch_size: Annotated[Count, Field(description="uploads a step at the server")] = 32
+    server_kd_weight: Annotated[NonNegative, Field(description="b, distillation at server")] = 1.0
+    server_weighting: Annotated[
+        Literal["uniform", "examples"], Field(description="weights of uploads at the server")
+    ] = "examples"
+    buffer_rounds: Annotated[
+        int, Field(ge=0, description="rounds after which an upload is forgotten; 0 keeps it")
+    ] = 0
+    fuse_points: Annotated[bool, Field(description="teach the mean over all points")] = False
+    head_max_grad_norm: Annotated[
+        NonNegative, Field(description="gradient clipping where heads are trained; 0: none")
+    ] = 2.0
+    predict: Annotated[
+        Literal["personal", "global_head", "ensemble"], Field(description="the headline predictor")
+    ] = "personal"
+
+    def handover_from(self) -> str:
+        return self.handover
+
+    def schedule(self, blocks: Sequence[str]) -> LayerSchedule:
+        """Return the blocks whose weights are averaged: none in the two cut readings."""
+        if self.reading != "averaging":
+            return LayerSchedule.always([])
+        return LayerSchedule.deep_to_shallow(blocks, self.drop_every, self.first_drop, self.drops)
+
+    def points(self, blocks: Sequence[str]) -> LayerSchedule:
+        """Return the points at which soft labels are exchanged, by round."""
+        if self.reading == "averaging":
+            return LayerSchedule.always([OUTPUT] if self.kd_weight else [])
+        outermost = (OUTPUT,) if self.reading == "up_to_cut" else ()
+        deep_first = self.cuts or (*outermost, *reversed(blocks[:-1]))
+        schedule = LayerSchedule.deep_to_shallow(
+            list(reversed(deep_first)), self.drop_every, self.first_drop, self.drops
+        )
+        if self.reading == "up_to_cut":
+            return schedule
+        stages = []
+        for first, taking_part in schedule.stages:
+            active = next(p for p in deep_first if p in taking_part)
+            stages.append((first, frozenset({active})))
+        return LayerSchedule(tuple(stages))
+
+    def active(self, blocks: Sequence[str], round_: int) -> list[str]:
+        """Return the points of a round from shallow to deep, the output last."""
+        now = self.points(blocks)(round_)
+        return [p for p in (*blocks, OUTPUT) if p in now]
+
+    def exchange(self) -> Exchange:
+        """Return the server's side of the exchange of soft labels."""
+        return Exchange(self)
+
+    def problems(self, setting: Setting) -> list[str]:
+        found = super().problems(setting)
+        objectives.get(self.objective)
+        if self.reading == "averaging" and self.predict != "personal":
+            found.append(
+                f"strategy.predict = {self.predict!r} needs a global head, which reading = "
+                "'averaging' does not have; use predict = 'personal', or reading = 'cut'"
+            )
+        for label in sorted({c.model for c in setting.clients}):
+            allowed = [*setting.book.blocks(label)[:-1], OUTPUT]
+            for cut in self.cuts:
+                if cut not in allowed:
+                    found.append(
+                        f"strategy.cuts names {cut!r}, which model {label!r} does not have "
+                        f"(allowed: {', '.join(allowed)})"
+                    )
+            if sorted(self.cuts, key=lambda c: -allowed.index(c) if c in allowed else 0) != list(
+                self.cuts
+            ) or len(set(self.cuts)) != len(self.cuts):
+                found.append("strategy.cuts must go from deep to shallow, each point once")
+        if self.reading == "cut" and self.cuts == (OUTPUT,) and self.predict != "personal":
+            found.append("strategy.cuts = ['output'] has no global head; use predict = 'personal'")
+        return found
+
+    def local_update(self, client: Client, received: Arrays) -> Update:
+        model = self.start(client, received)
+        points = self.active(model.names, client.round)
+        heads = {b: self._head(client, model, b) for b in points if b != OUTPUT}
+        terms: list[Term] = [Supervised()]
+        for point in points:
+            terms += self._terms(client, model, point, heads.get(point), received)
+        clip = self.head_max_grad_norm if heads and len(terms) > 1 else 0.0
+        training = replace(client.training, max_grad_norm=clip) if clip else client.training
+        result = client.fit(model, terms, training=training)
+        arrays = {**self.finish(client, model), **self._release(client, model, points, heads)}
+        for block, head in heads.items():
+            client.state.update(head_arrays(block, head))
+        predictors: dict[str, Predictor] = {"personal": model}
+        if heads:
+            own = [through(model, head, block) for block, head in heads.items()]
+            predictors["own_heads"] = mixture(model, *own)
+        return Update(arrays, predictors, loss_metrics(result.losses))
+
+    def _head(self, client: Client, model: BlockNet, block: str) -> BlockNet:
+        size = model.feature_size(client.task, block)
+        return client_head(client, block, size, self.head_hidden)
+
+    def _terms(
+        self,
+        client: Client,
+        model: BlockNet,
+        point: str,
+        head: BlockNet | None,
+        received: Arrays,
+    ) -> list[Term]:
+        terms: list[Term] = []
+        if head is not None and self.head_weight:
+            terms.append(HeadSupervised(head, point, self.head_weight))
+        rise = min(1.0, client.round / self.kd_warmup) if self.kd_warmup else 1.0
+        targets = self._targets(client, model, point, received) if self.kd_weight else None
+        if targets is not None:
+            objective = objectives.get(self.objective)()
+            weight = self.kd_weight * rise
+            terms.append(Distil(objective, targets, self.temperature, weight, head, point))
+        return terms
+
+    def _targets(
+        self, client: Client, model: BlockNet, point: str, received: Arrays
+    ) -> Targets | None:
+        teacher = select(received, f"global_head/{point}")
+        if teacher:
+            _, features = infer(model, client.data.train.x, (point,))
+            head = self._global_head(client, features[point].shape[1], teacher)
+            with torch.no_grad():
+                return SampleTargets(soften(head(features[point]), self.temperature))
+        lesson = select(received, f"soft_labels/{point}")
+        if not lesson:
+            return None
+        probs = torch.from_numpy(lesson["probs"].copy()).to(client.device)
+        if "labels" not in lesson:
+            return SampleTargets(probs)
+        table = torch.zeros(client.task.classes, client.task.classes, device=client.device)
+        mask = torch.zeros(client.task.classes, dtype=torch.bool, device=client.device)
+        labels = torch.from_numpy(lesson["labels"].astype("int64")).to(client.device)
+        table[labels], mask[labels] = probs, True
+        return ClassTargets(table, mask)
+
+    def _global_head(self, client: Client, size: int, weights: Arrays) -> BlockNet:
+        rng = client.rng("unused")
+        head = make_head(size, self.head_hidden, client.task.classes, rng, weights)
+        return head.to(client.device).eval()
+
+    def _release(
+        self, client: Client, model: BlockNet, points: list[str], heads: dict[str, BlockNet]
+    ) -> Arrays:
+        """Return what a client says at each point: soft labels, with features at a cut."""
+        if not points or len(client.data.train) == 0:
+            return {}
+        y = client.data.train.y.cpu().numpy()
+        logits, features = infer(model, client.data.train.x, tuple(heads))
+        arrays: Arrays = {}
+        for point in points:
+            values = {"features": features[point].cpu().numpy()} if point in heads else {}
+            with torch.no_grad():
+                z = heads[point](features[point]) if point in heads else logits
+            values["probs"] = soften(z, self.temperature).cpu().numpy()
+            if self.payload == "per_sample" and point in heads:
+                values["labels"] = y.astype("int32")
+            else:
+                for key in list(values):
+                    values["labels"], values[key], values["counts"] = class_means(values[key], y)
+            arrays.update({f"soft_labels/{point}/{key}": v for key, v in values.items()})
+        return arrays
+
+    def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        points = self.active(setting.book.blocks(client.model), round_)
+        taught = self.exchange().teach(state, client, points) if self.kd_weight else {}
+        return {**super().broadcast(state, client, round_, setting), **taught}
+
+    def judging(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        points = self.active(setting.book.blocks(client.model), round_)
+        heads = self.exchange().global_heads(state, client, points)
+        return {**super().broadcast(state, client, round_, setting), **heads}
+
+    def aggregate(
+        self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
+    ) -> tuple[Arrays, Metrics]:
+        state, metrics = super().aggregate(state, uploads, round_, setting)
+        points = {
+            label: self.active(setting.book.blocks(label), round_) for label in setting.book.labels
+        }
+        return self.exchange().fuse(state, uploads, points, round_, setting), metrics
+
+    def predictors(self, client: Client, received: Arrays) -> dict[str, Predictor]:
+        model = self.start(client, received)
+        predictors: dict[str, Predictor] = {"personal": model}
+        points = [p for p in self.active(model.names, max(1, client.round)) if p != OUTPUT]
+        shared = {p: select(received, f"global_head/{p}") for p in points}
+        taught = [
+            through(model, self._global_head(client, model.feature_size(client.task, p), w), p)
+            for p, w in shared.items()
+            if w
+        ]
+        if taught:
+            predictors["global_head"] = taught[-1]
+            predictors["ensemble"] = mixture(model, *taught)
+        if points:
+            own = [through(model, self._head(client, model, p), p) for p in points]
+            predictors["own_heads"] = mixture(model, *own)
+        return predictors
