@@ -1,0 +1,52 @@
+"""fedkd: federated, privacy-preserving knowledge distillation, simulated on one machine.
+
+>>> import fedkd
+>>> experiment = fedkd.experiment({"strategy": "fedd2s", "rounds": 5, "clients": {"count": 4}})
+>>> experiment.strategy.name, experiment.rounds
+('fedd2s', 5)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedkd.config import Experiment as Experiment
+    from fedkd.config import experiment as experiment
+    from fedkd.config import load as load
+    from fedkd.engine.simulate import simulate as simulate
+    from fedkd.engine.simulation import run as run
+    from fedkd.engine.study import run_study as run_study
+    from fedkd.strategies.base import Strategy as Strategy
+    from fedkd.strategies.base import strategies as strategies
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Experiment": "fedkd.config",
+    "experiment": "fedkd.config",
+    "load": "fedkd.config",
+    "run": "fedkd.engine.simulation",
+    "run_study": "fedkd.engine.study",
+    "simulate": "fedkd.engine.simulate",
+    "Strategy": "fedkd.strategies.base",
+    "strategies": "fedkd.strategies.base",
+}
+__all__ = [
+    "Experiment",
+    "Strategy",
+    "experiment",
+    "load",
+    "run",
+    "run_study",
+    "simulate",
+    "strategies",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: ``import fedkd`` itself is cheap."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedkd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

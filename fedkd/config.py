@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 from fedkd.clients.participation import Participation
 from fedkd.clients.training import Training
 from fedkd.errors import ConfigError
-from fedkd.options import Count, build, options
+from fedkd.options import Count, Numbers, build, options
 from fedkd.presets import preset
 
 Table = dict[str, Any]
@@ -115,9 +115,7 @@ class Experiment:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = "run"
     seed: Annotated[int, Field(ge=0, description="the seed of every random stream")] = 0
-    seeds: Annotated[
-        tuple[int, ...], Field(description="several seeds: every run once with each")
-    ] = ()
+    seeds: Annotated[Numbers, Field(description="several seeds: every run once with each")] = ()
     rounds: Annotated[Count, Field(description="rounds of communication")] = 20
     strategy: Annotated[Named, Field(description="the method, see fedkd list")] = Component(
         "fedd2s"

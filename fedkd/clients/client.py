@@ -16,8 +16,8 @@ from fedkd.models.book import ModelBook
 from fedkd.rng import Rng, stream
 from fedkd.types import Arrays, ClientInfo, Metrics, Task
 
-Predictor = Callable[[Tensor], Tensor]
-"""Maps inputs (B, ...) to logits or log-probabilities (B, C)."""
+Predictor = Callable[[Tensor], dict[str, Tensor]]
+"""Maps inputs (B, ...) to logits or log-probabilities (B, C) by name of the predictor."""
 
 
 @dataclass
@@ -75,10 +75,16 @@ class Client:
 class Update:
     """What local work gives back: what travels, and what the client would predict with right now.
 
-    ``predictors`` are judged on the client as the read-out ``own``; only ``arrays`` and ``metrics``
+    ``predictor`` is judged on the client as the read-out ``own``; only ``arrays`` and ``metrics``
     leave it.
     """
 
     arrays: Arrays
-    predictors: dict[str, Predictor]
+    predictor: Predictor
     metrics: Metrics = field(default_factory=dict)
+
+
+def personal(model: BlockNet) -> Predictor:
+    """Return the predictor of a network alone, under the name ``personal``."""
+    model.eval()
+    return lambda x: {"personal": model(x)}

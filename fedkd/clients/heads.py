@@ -6,6 +6,9 @@ head of a cut), and is trained through the one loop.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -86,19 +89,39 @@ def soften(logits: Tensor, temperature: float) -> Tensor:
     return functional.softmax(logits.detach() / temperature, dim=1)
 
 
-def through(model: BlockNet, head: nn.Module, block: str) -> Predictor:
-    """Return the predictor that reads ``head`` on the features of ``block`` (log-probabilities)."""
-    return lambda x: functional.log_softmax(head(model.features(x, block)), dim=1)
+def with_heads(
+    model: BlockNet, own: Mapping[str, nn.Module], shared: Mapping[str, nn.Module]
+) -> Predictor:
+    """Return the predictors of a network with heads, from one pass through the network.
 
+    ``personal``: the network's own output; ``global_head``: the deepest of ``shared``;
+    ``ensemble``: mean probability of the network and all of ``shared``; ``own_heads``: likewise
+    with the client's ``own`` heads, the control that no communication is needed for.
+    """
+    at = frozenset({*own, *shared})
+    for module in (model, *own.values(), *shared.values()):
+        module.eval()
 
-def mixture(*predictors: Predictor) -> Predictor:
-    """Return the predictor whose probabilities are the mean of the given ones' probabilities."""
-
-    def predict(x: Tensor) -> Tensor:
-        logps = torch.stack([functional.log_softmax(p(x), dim=1) for p in predictors])
-        return logps.logsumexp(0) - torch.tensor(float(len(predictors))).log()
+    def predict(x: Tensor) -> dict[str, Tensor]:
+        if not at:
+            return {"personal": model(x)}
+        logits, features = model.forward_with_features(x, at)
+        found = {"personal": logits}
+        taught = [head(features[block]) for block, head in shared.items()]
+        if taught:
+            found["global_head"] = taught[-1]
+            found["ensemble"] = mixed([logits, *taught])
+        if own:
+            found["own_heads"] = mixed([logits, *(h(features[b]) for b, h in own.items())])
+        return found
 
     return predict
+
+
+def mixed(logits: Sequence[Tensor]) -> Tensor:
+    """Return log-probabilities (B, C) of the mean of the given outputs' probabilities."""
+    logps = torch.stack([functional.log_softmax(z, dim=1) for z in logits])
+    return logps.logsumexp(0) - math.log(len(logits))
 
 
 def client_head(client: Client, block: str, size: int, hidden: int) -> BlockNet:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 
 from fedkd.clients.client import Predictor
@@ -24,6 +23,11 @@ class Verdict:
     total: np.ndarray
     loss_sum: float
 
+    def __add__(self, other: Verdict) -> Verdict:
+        return Verdict(
+            self.correct + other.correct, self.total + other.total, self.loss_sum + other.loss_sum
+        )
+
     @property
     def accuracy(self) -> float:
         """Share of correct answers; NaN for an empty split."""
@@ -38,19 +42,20 @@ class Verdict:
 
 
 @torch.inference_mode()
-def judge(predict: Predictor, split: Split, classes: int) -> Verdict:
-    """Return how ``predict`` does on ``split``; a network is put into evaluation mode."""
-    if isinstance(predict, nn.Module):
-        predict.eval()
-    correct = np.zeros(classes, dtype=np.int64)
-    total = np.zeros(classes, dtype=np.int64)
-    loss = 0.0
+def judge(predict: Predictor, split: Split, classes: int) -> dict[str, Verdict]:
+    """Return how each of a predictor's outputs does on ``split``; empty for an empty split."""
+    found: dict[str, Verdict] = {}
     for x, y in zip(split.x.split(CHUNK), split.y.split(CHUNK), strict=True):
         if len(y) == 0:
             continue
-        logp = functional.log_softmax(predict(x), dim=1)
-        loss += float(functional.nll_loss(logp, y, reduction="sum"))
-        hit = y[logp.argmax(1) == y].cpu().numpy()
-        correct += np.bincount(hit, minlength=classes)
-        total += np.bincount(y.cpu().numpy(), minlength=classes)
-    return Verdict(correct, total, loss)
+        total = np.bincount(y.cpu().numpy(), minlength=classes)
+        for name, output in predict(x).items():
+            logp = functional.log_softmax(output, dim=1)
+            hit = y[logp.argmax(1) == y].cpu().numpy()
+            here = Verdict(
+                np.bincount(hit, minlength=classes),
+                total,
+                float(functional.nll_loss(logp, y, reduction="sum")),
+            )
+            found[name] = found[name] + here if name in found else here
+    return found

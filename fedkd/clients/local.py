@@ -92,7 +92,9 @@ def fit(
     if len(data) == 0 or not terms:
         return FitResult(0, 0)
     parts = [model, *(module for term in terms for module in term.modules())]
-    parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
+    # Two terms may share a head: each parameter is trained once.
+    named = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
+    parameters = list(named.values())
     optimizer = training.make(parameters, lr)
     at = frozenset().union(*(term.at() for term in terms))
     sums = torch.zeros(len(terms))

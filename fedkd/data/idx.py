@@ -46,9 +46,9 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
             f"{content[:4].hex() or 'nothing'}, expected {expected.hex()}"
         )
     start = 4 + 4 * dimensions
-    shape = tuple(int(n) for n in np.frombuffer(content[4:start], dtype=">u4"))
+    shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4))
     needed = start + math.prod(shape)
-    if len(shape) != dimensions or len(content) != needed:
+    if len(content) != needed:
         raise DataError(
             f"{file} holds {len(content)} bytes, but its header {shape} asks for {needed}; it is "
             f"damaged or truncated, fetch it again"

@@ -86,7 +86,7 @@ class Dirichlet(Scheme):
                 # Each pass satisfies the client or uses up a class, so there are few of them.
                 wanted = np.where(left > 0, mixture, 0.0)
                 wanted = wanted if wanted.sum() > 0 else left.astype(float)
-                taken = np.minimum(generator.multinomial(need, wanted / wanted.sum()), left)
+                taken = np.minimum(apportion(wanted, need, rng.child("round", place, need)), left)
                 counts[k] += taken
                 left = left - taken
                 need -= int(taken.sum())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def save(partition: Partition, dataset: Dataset, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)  # noqa: PTH105
+    aside.replace(path)
 
 
 def load(path: Path, dataset: Dataset) -> Partition:

@@ -91,7 +91,7 @@ class Npz(Source):
         if not file.is_file():
             raise DataError(f"npz: path = {self.path!r}: there is no such file")
         try:
-            with np.load(file, allow_pickle=False) as content:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
                 arrays = {key: content[key] for key in content.files}
         except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise DataError(

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ SCHEMA = 1
 MANIFEST = "checkpoint.json"
 RESERVED = "__metadata__"
 PARTIAL = ".partial"
-OURS = ("server-*.safetensors*", "client-*.safetensors*", MANIFEST + PARTIAL)
+OURS = re.compile(
+    r"((server|client-\d+)-\d{5,}-[0-9a-f]{12}\.safetensors|checkpoint\.json)(\.partial)?"
+)
 
 
 @dataclass(frozen=True)
@@ -169,12 +172,11 @@ class Checkpoint:
             return
         files = body["files"] if body else {"server": {"file": ""}, "clients": {}}
         used = {entry["file"] for entry in (files["server"], *files["clients"].values())}
-        for pattern in OURS:
-            for path in self.folder.glob(pattern):
-                if path.name not in used:
-                    # What cannot be removed now is removed after a later save.
-                    with suppress(OSError):
-                        path.unlink()
+        # What cannot be listed or removed now is removed after a later save.
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                if OURS.fullmatch(path.name) and path.name not in used | {MANIFEST}:
+                    path.unlink()
 
 
 def _manifest(round: int, experiment: str, files: dict[str, Any], extra: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -63,7 +62,7 @@ class ClientSide:
         context.state[STATE] = encode(client.state)
         metrics = {f"fit|{key}": float(value) for key, value in update.metrics.items()}
         if config["judge"]:
-            metrics |= self.judged(client, "own", update.predictors, bool(config["global"]))
+            metrics |= self.judged(client, "own", update.predictor, bool(config["global"]))
         metrics["num-examples"] = float(client.info.examples)
         content = RecordDict(
             {
@@ -78,8 +77,8 @@ class ClientSide:
         config = message.content["config"]
         client = self.client(context, int(config["server-round"]))
         received = decode(message.content["arrays"], self.broadcast_cache)
-        predictors = self.prepared.strategy.predictors(client, received)
-        metrics = self.judged(client, "composite", predictors, bool(config["global"]))
+        predictor = self.prepared.strategy.predictor(client, received)
+        metrics = self.judged(client, "composite", predictor, bool(config["global"]))
         metrics["num-examples"] = float(client.info.examples)
         return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
@@ -114,26 +113,24 @@ class ClientSide:
             return own
         return ClientData(*(self._moved(s) for s in (own.train, own.validation, own.test)))
 
-    def judged(
-        self, client: Client, readout: str, predictors: dict[str, Predictor], everywhere: bool
-    ) -> Metrics:
+    def judged(self, client: Client, readout: str, predict: Predictor, everywhere: bool) -> Metrics:
         """Judge predictors on the client's own splits, and on the global test set if asked."""
         classes = client.task.classes
         found: Metrics = {}
-        for name, predict in predictors.items():
-            splits = {"validation": client.data.validation, "test": client.data.test}
-            for split, examples in splits.items():
-                verdict = judge(predict, examples, classes)
+        splits = {"validation": client.data.validation, "test": client.data.test}
+        for split, examples in splits.items():
+            for name, verdict in judge(predict, examples, classes).items():
                 found[f"{readout}|{name}|{split}|accuracy"] = verdict.accuracy
                 found[f"{readout}|{name}|{split}|loss"] = verdict.loss
-            if everywhere:
-                verdict = judge(predict, self._global_test, classes)
-                absent = self.prepared.federation.absent(client.info.id)
-                held = int(verdict.total[absent].sum())
+        if everywhere:
+            absent = self.prepared.federation.absent(client.info.id)
+            for name, verdict in judge(predict, self._global_test, classes).items():
                 found[f"{readout}|{name}|global|accuracy"] = verdict.accuracy
-                hits = float(verdict.correct[absent].sum())
-                found[f"{readout}|{name}|absent|accuracy"] = hits / held if held else math.nan
-        return {key: value for key, value in found.items() if not math.isnan(value)}
+                held = int(verdict.total[absent].sum())
+                if held:
+                    hits = float(verdict.correct[absent].sum())
+                    found[f"{readout}|{name}|absent|accuracy"] = hits / held
+        return found
 
     def _moved(self, split: Split) -> Split:
         device = self.prepared.device

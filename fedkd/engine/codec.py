@@ -7,6 +7,7 @@ bytes (``numpy.save``'s), so either side can be Flower's.
 from __future__ import annotations
 
 import io
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -78,7 +79,9 @@ def _to_flower(key: str, array: np.ndarray) -> Array:
         array = array.copy(order="C")
     fortran = array.flags.f_contiguous and not array.flags.c_contiguous
     body = array.T if fortran else array
-    data = _header(array.dtype, array.shape, fortran) + body.tobytes()
+    # Joined from a view: one copy of the array instead of two.
+    flat = body.reshape(-1).view(np.uint8).data
+    data = b"".join((_header(array.dtype, array.shape, fortran), flat))
     return Array(str(array.dtype), tuple(map(int, array.shape)), NUMPY, data)
 
 
@@ -90,7 +93,7 @@ def _to_numpy(array: Array) -> np.ndarray:
         return loaded
     start = 10 + int.from_bytes(data[8:10], "little")
     shape, fortran, dtype = _parse(data[:start])
-    flat = np.frombuffer(data, dtype, count=int(np.prod(shape, dtype=np.int64)), offset=start)
+    flat = np.frombuffer(data, dtype, count=math.prod(shape), offset=start)
     return flat.reshape(shape, order="F" if fortran else "C")
 
 

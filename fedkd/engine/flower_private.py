@@ -74,7 +74,7 @@ def quiet_flower(verbose: bool = False) -> Iterator[None]:
     before = logger.level
     try:
         if not verbose:
-            logger.setLevel(logging.WARNING)
+            logger.setLevel(max(before, logging.WARNING))
         yield
     finally:
         logger.setLevel(before)

@@ -32,7 +32,7 @@ UserConfig = dict[str, bool | float | int | str]
 
 @dataclass(frozen=True)
 class Failure:
-    """One message that got an error instead of an answer; ``group_id`` is Flower's round.
+    """One message that got an error instead of an answer.
 
     ``traceback`` is empty where the client app itself answered with an error.
     """
@@ -40,7 +40,7 @@ class Failure:
     node_id: int
     partition_id: int
     message_type: str
-    group_id: str
+    round: int
     error: str
     traceback: str
 
@@ -235,7 +235,7 @@ class LocalGrid(Grid):
             node_id=metadata.dst_node_id,
             partition_id=metadata.dst_node_id - FIRST_NODE_ID,
             message_type=kind(message),
-            group_id=metadata.group_id,
+            round=round_of(message),
             error=error,
             traceback=trace,
         )
@@ -243,10 +243,10 @@ class LocalGrid(Grid):
         known = any(f.traceback == trace for f in self.failures)
         self.failures.append(failure)
         log.error(
-            "client %d failed in %r of round %s: %s%s",
+            "client %d failed in %r of round %d: %s%s",
             failure.partition_id,
             failure.message_type,
-            failure.group_id or "?",
+            failure.round,
             error,
             "" if known or not trace else f"\n{trace}",
         )
@@ -262,9 +262,19 @@ def kind(message: Message) -> str:
 
 
 def round_of(message: Message) -> int:
-    """Return the round that a message belongs to: its group id, or 0 where that is no number."""
+    """Return the round that a message belongs to, or 0 where it belongs to none.
+
+    That is its group id where it is a number (Flower's advice, and its legacy servers), else the
+    ``server-round`` in its configuration (where Flower's strategies write it).
+    """
     group = message.metadata.group_id
-    return int(group) if group.isdecimal() else 0
+    if group.isdecimal():
+        return int(group)
+    for record in message.content.values():
+        number = record.get("server-round") if isinstance(record, ConfigRecord) else None
+        if isinstance(number, int):
+            return number
+    return 0
 
 
 def copied(content: RecordDict) -> RecordDict:

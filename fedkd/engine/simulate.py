@@ -86,20 +86,15 @@ def simulate(
     _check(server_app, client_app, num_supernodes)
     config = flattened(run_config or {})
     books = Ledger() if ledger is None else ledger
-    runner = make_executor(executor, workers) if isinstance(executor, str) else executor
-    if not isinstance(runner, Serial):
-        runner = _WatchesGenerators(runner)
     grid = LocalGrid(
         client_app,
         num_supernodes,
         run_config=config,
         node_configs=node_configs,
-        executor=runner,
+        executor=_runner(executor, workers),
         ledger=books,
     )
-    context = Context(
-        run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config)
-    )
+    context = Context(RUN_ID, 0, node_config={}, state=RecordDict(), run_config=dict(config))
     start = time.perf_counter()
     with in_process(verbose), _seeded(seed):
         server_app(grid, context)
@@ -151,6 +146,19 @@ def _check(server_app: object, client_app: object, num_supernodes: object) -> No
         raise ConfigError(f"num_supernodes = {num_supernodes!r}: expected a whole number")
     if num_supernodes < 1:
         raise ConfigError(f"num_supernodes = {num_supernodes}: at least 1 client is needed")
+
+
+def _runner(executor: str | Executor, workers: int | None) -> Executor:
+    if isinstance(executor, str):
+        made = make_executor(executor, workers)
+    elif isinstance(executor, Executor) and workers is None:
+        made = executor
+    else:
+        raise ConfigError(
+            f"executor = {executor!r}, workers = {workers!r}: give the name of an executor, or an "
+            "Executor without workers"
+        )
+    return made if isinstance(made, Serial) else _WatchesGenerators(made)
 
 
 class _WatchesGenerators(Executor):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from fedkd.clients.client import Client, Predictor, Update
+from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Supervised
 from fedkd.models.base import BlockNet, block_of
@@ -74,7 +74,7 @@ class ModelAveraging(Strategy):
     def local_update(self, client: Client, received: Arrays) -> Update:
         model = self.start(client, received)
         result = client.fit(model, self.terms(client, model, received))
-        return Update(self.finish(client, model), {"personal": model}, loss_metrics(result.losses))
+        return Update(self.finish(client, model), personal(model), loss_metrics(result.losses))
 
     def start(self, client: Client, received: Arrays) -> BlockNet:
         """Return the client's network: its own personal blocks with the blocks received."""
@@ -102,8 +102,8 @@ class ModelAveraging(Strategy):
         last[[u.client.id for u in uploads]] = round_
         return {**state, **averaged, LAST_ROUND: last}, {}
 
-    def predictors(self, client: Client, received: Arrays) -> dict[str, Predictor]:
-        return {"personal": self.start(client, received)}
+    def predictor(self, client: Client, received: Arrays) -> Predictor:
+        return personal(self.start(client, received))
 
     def server_model(self, state: Arrays) -> Arrays | None:
         return select(state, "model")

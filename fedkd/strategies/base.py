@@ -76,8 +76,8 @@ class Strategy(ABC):
         """Fuse the uploads, given in ascending order of clients, into the next server state."""
 
     @abstractmethod
-    def predictors(self, client: Client, received: Arrays) -> dict[str, Predictor]:
-        """Return the predictors that this client is judged by after aggregation (``composite``)."""
+    def predictor(self, client: Client, received: Arrays) -> Predictor:
+        """Return what this client is judged by after aggregation (``composite``)."""
 
     def server_model(self, state: Arrays) -> Arrays | None:
         """Return the weights of the global network, where there is a whole one."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedkd.clients.client import Client, Predictor, Update
+from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.terms import Supervised
 from fedkd.models.book import to_arrays
 from fedkd.options import options
@@ -43,15 +43,15 @@ class LocalOnly(Strategy):
         model = client.model(select(client.state, "model"))
         result = client.fit(model, [Supervised(label_smoothing=self.label_smoothing)])
         client.state.update(prefixed("model", to_arrays(model)))
-        return Update({}, {"personal": model}, loss_metrics(result.losses))
+        return Update({}, personal(model), loss_metrics(result.losses))
 
     def aggregate(
         self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
     ) -> tuple[Arrays, Metrics]:
         return state, {}
 
-    def predictors(self, client: Client, received: Arrays) -> dict[str, Predictor]:
-        return {"personal": client.model(select(client.state, "model"))}
+    def predictor(self, client: Client, received: Arrays) -> Predictor:
+        return personal(client.model(select(client.state, "model")))
 
 
 @strategies.register("centralized")

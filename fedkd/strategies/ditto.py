@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
-from fedkd.clients.client import Client, Predictor, Update
+from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Proximal, Supervised
 from fedkd.models.book import to_arrays
@@ -37,16 +36,15 @@ class Ditto(ModelAveraging):
         shared = client.model(select(received, "model"))
         reference = {k: p.detach().clone() for k, p in shared.named_parameters()}
         result = client.fit(shared, [Supervised()])
-        personal = client.model(select(client.state, "personal"))
+        own = client.model(select(client.state, "personal"))
         terms: list[Term] = [Supervised()]
         if self.lam:
-            terms.append(Proximal(personal, reference, self.lam))
-        client.fit(personal, terms, "personal", client.epochs(self.personal_epochs))
-        client.state.update(prefixed("personal", to_arrays(personal)))
+            terms.append(Proximal(own, reference, self.lam))
+        client.fit(own, terms, "personal", client.epochs(self.personal_epochs))
+        client.state.update(prefixed("personal", to_arrays(own)))
         arrays = prefixed("model", to_arrays(shared))
-        return Update(arrays, {"personal": personal}, loss_metrics(result.losses))
+        return Update(arrays, personal(own), loss_metrics(result.losses))
 
-    def predictors(self, client: Client, received: Arrays) -> dict[str, Predictor]:
+    def predictor(self, client: Client, received: Arrays) -> Predictor:
         kept = select(client.state, "personal")
-        model: torch.nn.Module = client.model(kept or select(received, "model"))
-        return {"personal": model}
+        return personal(client.model(kept or select(received, "model")))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedkd.clients.client import Client, Predictor
+from fedkd.clients.client import Client, Predictor, personal
 from fedkd.clients.terms import Supervised
 from fedkd.options import Count, options
 from fedkd.strategies.averaging import ModelAveraging
@@ -42,7 +42,7 @@ class FedAvgFineTuned(ModelAveraging):
 
     finetune_epochs: Annotated[Count, Field(description="local epochs before judging")] = 1
 
-    def predictors(self, client: Client, received: Arrays) -> dict[str, Predictor]:
+    def predictor(self, client: Client, received: Arrays) -> Predictor:
         model = client.model(select(received, "model"))
         client.fit(model, [Supervised()], "finetune", client.epochs(self.finetune_epochs))
-        return {"personal": model}
+        return personal(model)

@@ -19,9 +19,8 @@ from fedkd.clients.heads import (
     head_arrays,
     infer,
     make_head,
-    mixture,
     soften,
-    through,
+    with_heads,
 )
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Distil, HeadSupervised, Supervised
@@ -29,7 +28,7 @@ from fedkd.distill.fusion import class_means
 from fedkd.distill.objectives.base import objectives
 from fedkd.distill.targets import ClassTargets, SampleTargets, Targets
 from fedkd.models.base import BlockNet
-from fedkd.options import Count, NonNegative, Positive, options
+from fedkd.options import Count, Names, NonNegative, Positive, options
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
 from fedkd.strategies.base import Setting, strategies
 from fedkd.strategies.fedd2s_server import Exchange
@@ -77,7 +76,7 @@ class FedD2S(ModelAveraging):
         Field(description="a dropped block goes on from the last average or the client's copy"),
     ] = "global"
     cuts: Annotated[
-        tuple[str, ...],
+        Names,
         Field(description="dropping set: blocks or 'output', deep to shallow; empty means all"),
     ] = ()
     payload: Annotated[
@@ -189,11 +188,7 @@ class FedD2S(ModelAveraging):
         arrays = {**self.finish(client, model), **self._release(client, model, points, heads)}
         for block, head in heads.items():
             client.state.update(head_arrays(block, head))
-        predictors: dict[str, Predictor] = {"personal": model}
-        if heads:
-            own = [through(model, head, block) for block, head in heads.items()]
-            predictors["own_heads"] = mixture(model, *own)
-        return Update(arrays, predictors, loss_metrics(result.losses))
+        return Update(arrays, with_heads(model, heads, {}), loss_metrics(result.losses))
 
     def _head(self, client: Client, model: BlockNet, block: str) -> BlockNet:
         size = model.feature_size(client.task, block)
@@ -285,20 +280,14 @@ class FedD2S(ModelAveraging):
         }
         return self.exchange().fuse(state, uploads, points, round_, setting), metrics
 
-    def predictors(self, client: Client, received: Arrays) -> dict[str, Predictor]:
+    def predictor(self, client: Client, received: Arrays) -> Predictor:
         model = self.start(client, received)
-        predictors: dict[str, Predictor] = {"personal": model}
         points = [p for p in self.active(model.names, max(1, client.round)) if p != OUTPUT]
-        shared = {p: select(received, f"global_head/{p}") for p in points}
-        taught = [
-            through(model, self._global_head(client, model.feature_size(client.task, p), w), p)
-            for p, w in shared.items()
-            if w
-        ]
-        if taught:
-            predictors["global_head"] = taught[-1]
-            predictors["ensemble"] = mixture(model, *taught)
-        if points:
-            own = [through(model, self._head(client, model, p), p) for p in points]
-            predictors["own_heads"] = mixture(model, *own)
-        return predictors
+        own = {p: self._head(client, model, p) for p in points}
+        shared = {}
+        for point in points:
+            weights = select(received, f"global_head/{point}")
+            if weights:
+                size = model.feature_size(client.task, point)
+                shared[point] = self._global_head(client, size, weights)
+        return with_heads(model, own, shared)

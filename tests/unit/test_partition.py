@@ -47,8 +47,7 @@ def test_iid_parts_are_equal_and_look_alike():
 @pytest.mark.parametrize("balanced", [False, True])
 def test_dirichlet_with_large_alpha_is_even(balanced):
     held = counts(split("dirichlet", 8, alpha=1e7, balanced=balanced))
-    # The balanced scheme draws from the mixture, so it varies like iid sampling does.
-    assert np.abs(held - 50).max() <= (30 if balanced else 1)
+    assert np.abs(held - 50).max() <= 1
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -107,7 +106,8 @@ def test_pathological_gives_exactly_k_classes_evenly(k):
     assert set(classes_held(parts)) == {k}
     holders = (counts(parts) > 0).sum(0)
     assert holders.max() - holders.min() <= 1
-    assert {len(p) for p in parts} == {200}
+    sizes = [len(p) for p in parts]
+    assert max(sizes) - min(sizes) <= k
 
 
 @pytest.mark.parametrize(
