@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
@@ -68,7 +68,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             listed = ", ".join(allowed) or "none"
             raise ConfigError(f"unknown key {path!r}{nearest(key, allowed)} (allowed: {listed})")
     try:
-        return _adapter(cls).validate_python(dict(values))
+        return cast(T, _adapter(cast(Any, cls)).validate_python(dict(values)))
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, where)) from None
 

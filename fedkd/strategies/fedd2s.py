@@ -69,7 +69,7 @@ class FedD2S(ModelAveraging):
     ] = 0
     first_drop: Annotated[
         int, Field(ge=0, description="round of the first drop; 0 means drop_every + 1, or never")
-    ] = 1
+    ] = 0
     drops: Annotated[int, Field(ge=0, description="how many blocks or cuts leave at most")] = 1
     handover: Annotated[
         Literal["global", "local"],

@@ -68,7 +68,9 @@ class LayerSchedule:
         for i, block in enumerate(leaving if first else ()):
             left.remove(block)
             stages.append((first + every * i, frozenset(left)))
-        return LayerSchedule(tuple(stages[1:] if first == 1 else stages))
+        if len(stages) > 1 and first == 1:
+            del stages[0]
+        return LayerSchedule(tuple(stages))
 
     @staticmethod
     def deep_to_shallow(
