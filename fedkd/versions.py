@@ -23,9 +23,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit(folder: Path | None = None) -> str:
-    """Return the git commit of a checkout, with ``+`` if it has changes; empty outside of one."""
-    place = folder or Path(__file__).parent
+def commit() -> str:
+    """Return the git commit of our checkout, with ``+`` if it has changes; empty outside of it."""
+    place = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -38,6 +38,9 @@ def commit(folder: Path | None = None) -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
+        # Installed into some project's virtual environment, that project's commit is not ours.
+        if Path(git("rev-parse", "--show-toplevel") or "/") != place.parent:
+            return ""
         head = git("rev-parse", "HEAD")
         return head + ("+" if head and git("status", "--porcelain") else "")
     except (OSError, subprocess.TimeoutExpired):

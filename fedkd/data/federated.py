@@ -117,6 +117,11 @@ class Federation:
         """Return the number of training examples of client ``i``, validation taken out."""
         return len(self._train[i])
 
+    def sizes(self, i: int) -> dict[str, int]:
+        """Return how many examples each split of client ``i`` has; nothing is made for it."""
+        parts = {"train": self._train, "validation": self._validation, "test": self.partition.test}
+        return {split: len(indices[i]) for split, indices in parts.items()}
+
     def absent(self, i: int) -> np.ndarray:
         """Return the classes of which client ``i`` has no training example."""
         return np.flatnonzero(self._counts[i] == 0)

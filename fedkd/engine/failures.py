@@ -20,11 +20,16 @@ from fedkd.types import Arrays
 NAMES = ("received", "state")
 
 
+def failure_folder(run: Path, round_: int, client: int | str) -> Path:
+    """Return where a failing client's input is kept in a run folder."""
+    return run / "failures" / f"round-{round_}-client-{client}"
+
+
 def keep_failure(run: Path) -> OnFailure:
     """Return the hook that saves a failing client's input below ``<run>/failures/``."""
 
     def keep(round_: int, client: Client, received: Arrays, error: BaseException) -> None:
-        folder = run / "failures" / f"round-{round_}-client-{client.info.id}"
+        folder = failure_folder(run, round_, client.info.id)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for name, arrays in zip(NAMES, (received, client.state), strict=True):

@@ -1,4 +1,4 @@
-"""A fedkd strategy as a Flower strategy: the engine's own rounds and Flower's ``start()`` use it."""
+"""A fedkd strategy as a Flower strategy: our own rounds and Flower's ``start()`` both use it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One run, round by round: read this first to see how everything fits together.
 
-    cohort -> broadcast -> local work on the clients -> aggregate -> judge -> write down -> checkpoint
+    cohort -> broadcast -> local work -> aggregate -> judge -> write down -> checkpoint
 
 A round that is written down is finished: a kill afterwards costs nothing, and ``resume`` goes on
 from the last checkpoint to the very bits that an undisturbed run ends with.
@@ -21,7 +21,7 @@ from fedkd.engine.checkpoint import Checkpoint
 from fedkd.engine.client_app import STATE, ClientSide
 from fedkd.engine.codec import decode, encode
 from fedkd.engine.executors import make_executor
-from fedkd.engine.failures import keep_failure
+from fedkd.engine.failures import failure_folder, keep_failure
 from fedkd.engine.flower_strategy import FlowerStrategy
 from fedkd.engine.folder import RunFolder
 from fedkd.engine.grid import FIRST_NODE_ID, LocalGrid
@@ -103,7 +103,7 @@ class Run:
         replies = self._exchange(self.strategy.evaluate_messages(round_, self.state, self.grid))
         judged = self.strategy.fold_evaluate(round_, replies)
         seconds = {"train": trained_at - start, "evaluate": time.perf_counter() - trained_at}
-        failures = trained.failures + judged.failures
+        failures = [self._replayable(round_, f) for f in trained.failures + judged.failures]
         for failure in failures:
             self.folder.event(f"round {round_}: {failure}")
         for failed in self.grid.failures:
@@ -150,6 +150,12 @@ class Run:
             self._changed |= {m.metadata.dst_node_id - FIRST_NODE_ID for m in messages}
         return self.grid.send_and_receive(messages)
 
+    def _replayable(self, round_: int, failure: str) -> str:
+        """Add the command that replays a failure, where its input was kept."""
+        client = failure.split(":", 1)[0].removeprefix("client ")
+        kept = failure_folder(self.folder.path, round_, client)
+        return f"{failure}; replay it with: fedkd replay {kept}" if kept.is_dir() else failure
+
     def _cost(self, message: Message) -> float:
         k = message.metadata.dst_node_id - FIRST_NODE_ID
         return float(self.prepared.setting.clients[k].examples)
@@ -157,11 +163,9 @@ class Run:
     def _sizes(self) -> list[Record]:
         records = []
         for k in range(self.prepared.federation.clients):
-            data = self.prepared.federation.client(k)
-            sizes = {"train": data.train, "validation": data.validation, "test": data.test}
             records += [
-                Record(round=0, client=k, split=split, metric="examples", value=float(len(part)))
-                for split, part in sizes.items()
+                Record(round=0, client=k, split=split, metric="examples", value=float(size))
+                for split, size in self.prepared.federation.sizes(k).items()
             ]
         return records
 

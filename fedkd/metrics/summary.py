@@ -1,4 +1,4 @@
-"""The summary of one run: every read-out by last round, mean of the last k, chosen on validation."""
+"""The summary of a run: each read-out at the end, as mean of the last k, chosen on validation."""
 
 from __future__ import annotations
 

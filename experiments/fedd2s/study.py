@@ -1,0 +1,238 @@
+"""The FedD2S study on Fashion-MNIST: every method tuned with the same budget, then three seeds.
+
+    python experiments/fedd2s/study.py tune   # six trials a method, on a seed of its own
+    python experiments/fedd2s/study.py main   # all variants, settings and seeds
+    python experiments/fedd2s/study.py table  # the results from what is on disk
+
+Runs are independent and resumable: an interrupted command does only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BASE: dict[str, Any] = {
+    "rounds": 30,
+    "data": {
+        "source": {"name": "fashion-mnist", "limit": 6000, "test_limit": 4000},
+        "partition": {"name": "dirichlet", "alpha": 0.1, "min_examples": 20},
+    },
+    "clients": {"count": 20, "training": {"batch_size": 32}},
+    "evaluate": {"every": 3, "last_k": 3},
+    "engine": {"executor": "serial", "checkpoint_every": 30},
+}
+# Every setting with the perceptron; the convolutional network confirms the main one.
+PROFILES: dict[str, dict[str, Any]] = {
+    "mlp": {"model": {"name": "mlp", "hidden": [200, 100, 100]}},
+    "cnn": {"model": {"name": "cnn", "channels": [8, 16], "hidden": 64}},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "alpha 0.1": {},
+    "alpha 0.5": {"data.partition.alpha": 0.5},
+    "150 images a client, alpha 0.1": {"data.source.limit": 3000},
+}
+SEEDS = (0, 1, 2)
+TUNING_SEED, TUNING_ROUNDS = 100, 20
+LRS = (0.05, 0.1, 0.2)
+KD = {"strategy.kd_weight": [0.5, 1.5]}
+AVERAGING = {"strategy": "fedd2s", "strategy.reading": "averaging", "strategy.first_drop": 1}
+CUT = {"strategy": "fedd2s", "strategy.reading": "cut", "strategy.drops": 0}
+UP_TO_CUT = {"strategy": "fedd2s", "strategy.reading": "up_to_cut", "strategy.drops": 0}
+OUTPUT = {**UP_TO_CUT, "strategy.cuts": ["output"]}
+
+# What is tuned: fixed options, and the grid of the method's own option (times LRS: six trials).
+METHODS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
+    "local-only": ({"strategy": "local-only"}, {"clients.training.weight_decay": [0.0, 1e-3]}),
+    "label smoothing": ({"strategy": "local-only"}, {"strategy.label_smoothing": [0.1, 0.3]}),
+    "fedavg": ({"strategy": "fedavg"}, {"clients.training.weight_decay": [0.0, 1e-3]}),
+    "fedavg-ft": ({"strategy": "fedavg-ft"}, {"strategy.finetune_epochs": [1, 3]}),
+    "fedper": ({"strategy": "fedper"}, {"strategy.personal_layers": [1, 2]}),
+    "averaging": (AVERAGING, KD),
+    "cut": (CUT, KD),
+    "up_to_cut": (UP_TO_CUT, KD),
+    "output": (OUTPUT, KD),
+}
+
+# What is compared: label -> (the method whose tuned options it takes, what differs).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "local-only": ("local-only", {}),
+    "local-only, label smoothing": ("label smoothing", {}),
+    "fedavg": ("fedavg", {}),
+    "fedavg + fine-tuning": ("fedavg-ft", {}),
+    "fedper": ("fedper", {}),
+    "averaging: no dropping": ("averaging", {"strategy.drops": 0, "strategy.first_drop": 0}),
+    "averaging: head personal": ("averaging", {}),
+    "averaging: head drops after 5": (
+        "averaging",
+        {"strategy.first_drop": 6, "strategy.drops": 1},
+    ),
+    "averaging: all drop, every 8": (
+        "averaging",
+        {"strategy.first_drop": 0, "strategy.drop_every": 8, "strategy.drops": 9},
+    ),
+    "averaging: head personal, KD 0": ("averaging", {"strategy.kd_weight": 0.0}),
+    "averaging: head personal, own labels": ("averaging", {"strategy.share": "own"}),
+    "cut: no dropping": ("cut", {}),
+    "cut: dropping every 10": (
+        "cut",
+        {"strategy.drops": 9, "strategy.drop_every": 10},
+    ),
+    "cut: KD 0": ("cut", {"strategy.kd_weight": 0.0}),
+    "up to cut: no dropping": ("up_to_cut", {}),
+    "up to cut: dropping every 8": (
+        "up_to_cut",
+        {"strategy.drops": 9, "strategy.drop_every": 8},
+    ),
+    "up to cut: KD 0": ("up_to_cut", {"strategy.kd_weight": 0.0}),
+    "output only": ("output", {}),
+    "output only, own labels": ("output", {"strategy.share": "own"}),
+}
+
+
+CONFIRMED = (
+    "local-only",
+    "local-only, label smoothing",
+    "fedavg",
+    "fedavg + fine-tuning",
+    "fedper",
+    "averaging: no dropping",
+    "averaging: head personal",
+    "averaging: head drops after 5",
+    "averaging: all drop, every 8",
+    "output only",
+)
+
+
+def settings(profile: str) -> dict[str, dict[str, Any]]:
+    """Return the settings that a profile is run in."""
+    return SETTINGS if profile == "mlp" else {"alpha 0.1": {}}
+
+
+def variants(profile: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the variants that a profile compares."""
+    return VARIANTS if profile == "mlp" else {label: VARIANTS[label] for label in CONFIRMED}
+
+
+def methods(profile: str) -> list[str]:
+    """Return the methods that the profile's variants need tuned."""
+    needed = {method for method, _ in variants(profile).values()}
+    return [method for method in METHODS if method in needed]
+
+
+def one(job: tuple[str, dict[str, Any], str]) -> str:
+    """Run one experiment in its folder (or find it finished) and say what came out."""
+    name, changes, folder = job
+    import torch
+
+    from fedkd.config import experiment, override
+    from fedkd.engine.simulation import run
+
+    torch.set_num_threads(1)
+    table = json.loads(json.dumps(BASE))
+    for key, value in changes.items():
+        override(table, key, value)
+    summary = run(experiment(table), Path(folder), resume=True)
+    last = summary["readouts"]["composite"][summary["headline"]["predict"]]["mean_last_k"]
+    return f"{name}: {last['user_accuracy']:.4f}"
+
+
+def everything(jobs: list[tuple[str, dict[str, Any], str]], workers: int) -> None:
+    """Run all jobs on worker processes, reporting each as it ends."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for done, text in enumerate(pool.map(one, jobs), start=1):
+            print(f"[{done}/{len(jobs)}] {text}", flush=True)
+
+
+def trials(method: str) -> list[dict[str, Any]]:
+    """Return the six trials of a method: three learning rates, two values of its own option."""
+    fixed, grid = METHODS[method]
+    (key, values), *_ = grid.items()
+    return [
+        {**fixed, "clients.training.lr": lr, key: value}
+        for lr, value in itertools.product(LRS, values)
+    ]
+
+
+def tune(profile: str, runs: Path, workers: int) -> None:
+    """Run all trials and write the best of each method, by validation accuracy, to a file."""
+    jobs, folders = [], {}
+    for method in methods(profile):
+        for i, trial in enumerate(trials(method)):
+            folder = runs / profile / "tune" / method.replace(" ", "-") / str(i)
+            extra = {"seed": TUNING_SEED, "rounds": TUNING_ROUNDS, "evaluate.every": 2}
+            options = {**PROFILES[profile], **trial, **extra}
+            jobs.append((f"{method} {i}", options, str(folder)))
+            folders[method, i] = folder
+    everything(jobs, workers)
+    best = {}
+    for method in methods(profile):
+        scores = [validation(folders[method, i]) for i in range(len(trials(method)))]
+        chosen = max(range(len(scores)), key=scores.__getitem__)
+        best[method] = {"options": trials(method)[chosen], "validation": scores}
+    text = json.dumps(best, indent=2)
+    (HERE / f"tuned-{profile}.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def validation(folder: Path) -> float:
+    """Return the mean validation accuracy over clients, mean of the last three evaluations."""
+    import numpy as np
+
+    from fedkd.engine.folder import read_records
+    from fedkd.metrics.log import Log
+
+    log = Log(20)
+    log.add(read_records(folder / "metrics.jsonl"))
+    table = log.table("accuracy", "validation", "composite", "personal")
+    return float(np.mean([np.nanmean(row) for row in table[-3:]]))
+
+
+def study(profile: str, runs: Path, workers: int) -> None:
+    """Run every variant in every setting with every seed."""
+    tuned = json.loads((HERE / f"tuned-{profile}.json").read_text(encoding="utf-8"))
+    jobs = []
+    for seed, (setting, changes), (label, (method, own)) in itertools.product(
+        SEEDS, settings(profile).items(), variants(profile).items()
+    ):
+        options = {**PROFILES[profile], **tuned[method]["options"], **changes, **own, "seed": seed}
+        folder = place(runs / profile, setting, label, seed)
+        jobs.append((f"{setting} / {label} / {seed}", options, str(folder)))
+    everything(jobs, workers)
+
+
+def place(runs: Path, setting: str, label: str, seed: int) -> Path:
+    """Return the folder of one run."""
+    from fedkd.engine.study import slug
+
+    return runs / slug(setting) / slug(label) / f"seed-{seed}"
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=["tune", "main", "table"])
+    parser.add_argument("--profile", choices=list(PROFILES), default="mlp")
+    parser.add_argument("--runs", type=Path, default=Path("runs/fedd2s-study"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    if given.step == "tune":
+        tune(given.profile, given.runs, given.workers)
+    elif given.step == "main":
+        study(given.profile, given.runs, given.workers)
+    else:
+        from table import write  # beside this file
+
+        write(given.profile, given.runs, HERE)
+
+
+if __name__ == "__main__":
+    main()

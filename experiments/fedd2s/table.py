@@ -1,0 +1,126 @@
+"""The study's tables from the run folders on disk; nothing is run here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from study import SEEDS, place, settings, variants
+
+from fedkd.metrics.intervals import mean_t, paired_t
+from fedkd.types import Estimate
+
+HEADER = (
+    "| method | user accuracy | own | stale | over local-only | chosen on validation | std | "
+    "worst 10 % | Jain | global | absent classes | MB up | MB down |\n" + "|---" * 13 + "|\n"
+)
+PREDICTORS = ("personal", "global_head", "ensemble", "own_heads")
+
+
+def write(profile: str, runs: Path, out: Path) -> None:
+    """Write ``results-<profile>.md`` and ``.json`` below ``out``."""
+    text, data = [], {}
+    for setting in settings(profile):
+        rows = {label: load(runs / profile, setting, label) for label in variants(profile)}
+        rows = {label: found for label, found in rows.items() if found}
+        if not rows:
+            continue
+        counts = sorted({len(found) for found in rows.values()})
+        text.append(f"## {setting}\n\n{counts[-1]} seeds, mean of the last 3 evaluations.\n")
+        text.append(HEADER + "".join(line(label, rows, p) for label in rows for p in PREDICTORS))
+        data[setting] = {
+            label: {p: record(label, rows, p) for p in PREDICTORS if has(rows[label], p)}
+            for label in rows
+        }
+    (out / f"results-{profile}.md").write_text("\n".join(text), encoding="utf-8")
+    (out / f"results-{profile}.json").write_text(
+        json.dumps(data, indent=1) + "\n", encoding="utf-8"
+    )
+    print("\n".join(text))
+
+
+def load(runs: Path, setting: str, label: str) -> dict[int, dict[str, Any]]:
+    """Return the summaries of a variant's finished seeds."""
+    found = {}
+    for seed in SEEDS:
+        file = place(runs, setting, label, seed) / "summary.json"
+        if file.exists():
+            found[seed] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def has(found: dict[int, dict[str, Any]], predict: str) -> bool:
+    """Return whether a variant was judged by this predictor."""
+    return all(predict in s["readouts"]["composite"] for s in found.values())
+
+
+def values(
+    found: dict[int, dict[str, Any]], predict: str, key: str, readout: str, rule: str
+) -> dict[int, float]:
+    """Return one value a seed, where the read-out has it."""
+    out = {}
+    for seed, summary in found.items():
+        entry = summary["readouts"].get(readout, {}).get(predict)
+        value = entry[rule].get(key) if entry and rule in entry else None
+        if value is not None:
+            out[seed] = value
+    return out
+
+
+def record(label: str, rows: dict[str, Any], predict: str) -> dict[str, Any]:
+    """Return the estimates of one row."""
+    found = rows[label]
+
+    def estimate(
+        key: str, readout: str = "composite", rule: str = "mean_last_k"
+    ) -> Estimate | None:
+        each = values(found, predict, key, readout, rule)
+        return mean_t(list(each.values())) if each else None
+
+    mine = values(found, predict, "user_accuracy", "composite", "mean_last_k")
+    base = values(
+        rows.get("local-only", {}), "personal", "user_accuracy", "composite", "mean_last_k"
+    )
+    both = sorted(set(mine) & set(base))
+    gain = paired_t([mine[s] for s in both], [base[s] for s in both]) if both else None
+    sent = {
+        way: mean_t([s["bytes"].get(f"bytes_{way}", 0.0) / 1e6 for s in found.values()])
+        for way in ("up", "down")
+    }
+    made = {
+        "user_accuracy": estimate("user_accuracy"),
+        "own": estimate("user_accuracy", "own"),
+        "stale": estimate("user_accuracy", "stale"),
+        "over_local_only": gain if label != "local-only" else None,
+        "chosen_on_validation": estimate("user_accuracy", rule="chosen_on_validation"),
+        "std": estimate("std"),
+        "worst_share": estimate("worst_share"),
+        "jain": estimate("jain"),
+        "global": estimate("global_accuracy", rule="last"),
+        "absent": estimate("absent_accuracy", rule="last"),
+        "mb_up": sent["up"],
+        "mb_down": sent["down"],
+    }
+    return {key: vars(value) if value else None for key, value in made.items()}
+
+
+def line(label: str, rows: dict[str, Any], predict: str) -> str:
+    """Return one row of the table, or nothing."""
+    if not has(rows[label], predict):
+        return ""
+    made = record(label, rows, predict)
+    name = label if predict == "personal" else f"{label} [{predict}]"
+    cells = [percent(made[k], k in ("user_accuracy", "own", "over_local_only")) for k in made]
+    cells[-2:] = [f"{made[k]['value']:.2f}" for k in ("mb_up", "mb_down")]
+    return f"| {name} | " + " | ".join(cells) + " |\n"
+
+
+def percent(made: dict[str, Any] | None, interval: bool) -> str:
+    """Return an estimate in per cent, with half its interval's width where asked."""
+    if made is None:
+        return "-"
+    half = (made["high"] - made["low"]) / 2
+    shown = f"{100 * made['value']:.1f}"
+    return f"{shown} ± {100 * half:.1f}" if interval and not math.isnan(half) else shown
