@@ -177,7 +177,7 @@ def experiment(
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value, named by its path.
     """
-    full = copy.deepcopy(dict(table))
+    full = _named(copy.deepcopy(dict(table)))
     for kind in ("clients", "strategy"):
         full = _with_preset(full, kind, workspace)
     return build(Experiment, full, where)
@@ -247,6 +247,23 @@ def override(table: Table, path: str, value: Any) -> None:
             override(present, key, inner_value)
     else:
         table[last] = value
+
+
+def _named(table: Table) -> Table:
+    """Give options without a name the default's: ``strategy.temperature=2`` alone is enough."""
+    default = Experiment()
+    data = table.get("data", {})
+    places = [
+        (table, "strategy", default.strategy),
+        (table, "model", default.model),
+        (data, "source", default.data.source),
+        (data, "partition", default.data.partition),
+    ]
+    for parent, key, component in places:
+        inner = parent.get(key) if isinstance(parent, dict) else None
+        if isinstance(inner, dict) and "name" not in inner:
+            parent[key] = {**component.table(), **inner}
+    return table
 
 
 def _with_preset(table: Table, kind: str, workspace: Path | None) -> Table:

@@ -20,11 +20,12 @@ from fedkd.clients.training import Training
 from fedkd.data.federated import Split
 from fedkd.distill.objectives.base import Objective
 from fedkd.distill.targets import SampleTargets
+from fedkd.errors import RunError
 from fedkd.models.base import BlockNet
 from fedkd.models.book import load, to_arrays
 from fedkd.models.initial import initialise
 from fedkd.rng import Rng
-from fedkd.types import Arrays
+from fedkd.types import Arrays, kind_of, prefixed, select
 
 
 def make_head(size: int, hidden: int, classes: int, rng: Rng, weights: Arrays) -> BlockNet:
@@ -32,8 +33,8 @@ def make_head(size: int, hidden: int, classes: int, rng: Rng, weights: Arrays) -
 
     Parameters that ``weights`` does not hold are drawn from ``rng``.
     """
-    first = nn.Sequential(nn.Linear(size, hidden), nn.ReLU()) if hidden else nn.Identity()
     with torch.device("meta"):
+        first = nn.Sequential(nn.Linear(size, hidden), nn.ReLU()) if hidden else nn.Identity()
         head = BlockNet({"hidden": first}, nn.Linear(hidden or size, classes))
     head.to_empty(device="cpu")
     initialise(head, rng)
@@ -49,6 +50,12 @@ class Weighted(Term):
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.term(batch) * self.weights[batch.index]
+
+    def at(self) -> frozenset[str]:
+        return self.term.at()
+
+    def modules(self) -> Sequence[nn.Module]:
+        return self.term.modules()
 
 
 def train_head(
@@ -67,12 +74,21 @@ def train_head(
     """Train a global head on what clients uploaded: ``CE + b T^2 D(p || softmax(G(h)/T))``.
 
     ``features`` (n, d), ``labels`` (n,), ``probs`` (n, C) at ``temperature``, ``weights`` (n,).
+
+    Raises:
+        RunError: the loss is not finite.
     """
     terms: list[Term] = [Weighted(Supervised(), weights)]
     if kd_weight:
         distil = Distil(objective, SampleTargets(probs), temperature, kd_weight)
         terms.append(Weighted(distil, weights))
-    fit(head, Split(features, labels), terms, training, training.lr, rng)
+    try:
+        fit(head, Split(features, labels), terms, training, training.lr, rng)
+    except RunError:
+        raise RunError(
+            f"training of a global head diverged; lower strategy.server_lr (now {training.lr:.4g}) "
+            "or set strategy.head_max_grad_norm = 2.0"
+        ) from None
 
 
 @torch.inference_mode()
@@ -127,11 +143,13 @@ def mixed(logits: Sequence[Tensor]) -> Tensor:
 def client_head(client: Client, block: str, size: int, hidden: int) -> BlockNet:
     """Return a client's own head of a block: the one it kept, or the common fresh one."""
     rng = Rng(client.seed, ("head", block))
-    prefix = f"head/{block}/"
-    kept = {k[len(prefix) :]: v for k, v in client.state.items() if k.startswith(prefix)}
+    kept = select(client.state, f"head/{block}")
     return make_head(size, hidden, client.task.classes, rng, kept).to(client.device)
 
 
-def head_arrays(block: str, head: BlockNet) -> Arrays:
-    """Return a head's weights under ``head/<block>/``."""
-    return {f"head/{block}/{key}": value for key, value in to_arrays(head).items()}
+def keep_heads(client: Client, heads: Mapping[str, nn.Module]) -> None:
+    """Keep a client's ``heads`` for the next round; those of a former cut are forgotten."""
+    for key in [k for k in client.state if kind_of(k) == "head"]:
+        del client.state[key]
+    for block, head in heads.items():
+        client.state.update(prefixed(f"head/{block}", to_arrays(head)))

@@ -65,7 +65,10 @@ class Term(ABC):
 
 @dataclass(frozen=True)
 class FitResult:
-    """What one call of :func:`fit` did: steps, examples seen, mean loss of each term."""
+    """What one call of :func:`fit` did: steps, examples seen, mean loss by name of the term.
+
+    Terms of one name, such as the heads of several blocks, are averaged.
+    """
 
     steps: int
     examples: int
@@ -121,15 +124,17 @@ def fit(
         epoch += 1
         if steps == training.steps or (not training.steps and epoch == training.epochs):
             break
-    if not torch.isfinite(sums).all():
+    # The loss of the last step says nothing about the weights that it left behind.
+    finite = torch.stack([torch.isfinite(p).all() for p in parameters]).all()
+    if not (finite and torch.isfinite(sums).all()):
         raise RunError(
-            f"training diverged: the loss is not finite after {steps} steps; lower "
+            f"training diverged: loss or weights are not finite after {steps} steps; lower "
             f"clients.training.lr (now {lr:.4g}) or set clients.training.max_grad_norm = 2.0"
         )
-    means = (sums / examples).tolist()
-    return FitResult(
-        steps, examples, {t.name: means[i] for i, t in reversed(list(enumerate(terms)))}
-    )
+    by_name: dict[str, list[float]] = {}
+    for term, mean in zip(terms, (sums / examples).tolist(), strict=True):
+        by_name.setdefault(term.name, []).append(mean)
+    return FitResult(steps, examples, {k: sum(v) / len(v) for k, v in by_name.items()})
 
 
 def batches(data: Split, size: int, rng: Rng) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -72,9 +72,9 @@ class HeadSupervised(Term):
 class Distil(Term):
     """An objective between the student's logits and a teacher's soft targets.
 
-    The student is the network's own output, or the given head on the features of ``block``. Examples
-    without a target (an absent class) contribute nothing and are not averaged as zeros of the
-    target: their loss is masked. Targets are constants: no gradient reaches a teacher.
+    The student is the network's own output, or the given head on the features of ``block``. An
+    example without a target (an absent class) contributes nothing: its loss is masked, and not
+    that against a target of zeros. Targets are constants: no gradient reaches a teacher.
     """
 
     name = "distil"

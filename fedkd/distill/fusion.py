@@ -77,7 +77,8 @@ def lessons(
 
     ``share``: ``own`` gives a client its own table back (a control: no communication),
     ``mean`` the fusion over all clients, ``leave_one_out`` over all others. A class that nobody
-    (else) holds is left out of the table. Key -1 is the mean over everybody, for every class.
+    (else) holds is left out of the table. Key -1 is the mean over everybody, for every class; it
+    is missing under ``own``, where nobody learns from others.
     """
     taught = {}
     for k in sorted(tables):
@@ -89,6 +90,8 @@ def lessons(
         probs, mask = fuse_classes(tables, classes, leave_out=left_out, weighting=weighting)
         known = own.labels[mask[own.labels]]
         taught[k] = ClassTable(known, probs[known], np.ones(len(known), dtype=np.int32))
+    if share == "own":
+        return taught
     probs, mask = fuse_classes(tables, classes, weighting=weighting)
     every = np.flatnonzero(mask).astype(np.int32)
     taught[-1] = ClassTable(every, probs[every], np.ones(len(every), dtype=np.int32))

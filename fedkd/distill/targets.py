@@ -1,4 +1,4 @@
-"""Soft targets: what a student is taught, addressed by class or by example, with absences masked."""
+"""Soft targets: what a student is taught, by class or by example, with absences masked."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class StudyWatcher(Watcher, Protocol):
 
 def run_study(
     experiment: Experiment,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     watcher: StudyWatcher | None = None,
@@ -76,6 +76,7 @@ def run_study(
         ConfigError: some run is impossible: found before the first one starts, with its label.
             Also if ``out`` holds results and ``resume`` was not asked for.
     """
+    out = Path(out)
     cells = list(experiment.cells(workspace))
     if out.exists() and any(out.iterdir()) and not resume:
         raise ConfigError(f"{out} is not empty; add --resume to go on there, or give another --out")

@@ -128,11 +128,13 @@ def average(items: Sequence[Arrays], weights: Sequence[float]) -> Arrays:
     """Return ``sum_k w_k x_k / sum_k w_k`` of every key, over the items that have it.
 
     Sums run in the given order in double precision, the result has the items' own type; so one
-    item, or many equal ones, give that item back to the last bit.
+    item, or many equal ones, give that item back to the last bit. Where all weights are 0 (only
+    clients without examples took part) the items count alike.
 
     >>> average([{"w": np.float32([0, 1])}, {"w": np.float32([4, 1])}], [1, 3])["w"].tolist()
     [3.0, 1.0]
     """
+    weights = weights if any(weights) else [1.0] * len(items)
     sums: dict[str, np.ndarray] = {}
     mass: dict[str, float] = {}
     for arrays, weight in zip(items, weights, strict=True):

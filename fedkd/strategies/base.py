@@ -20,7 +20,7 @@ from fedkd.types import Arrays, ClientInfo, Metrics, Task, Upload
 
 @dataclass(frozen=True)
 class Setting:
-    """What the server knows before round 1: the task, the architectures, the clients, the rounds."""
+    """What the server knows before round 1: task, architectures, clients, rounds, seed."""
 
     task: Task
     book: ModelBook

@@ -16,8 +16,8 @@ from pydantic import Field
 from fedkd.clients.client import Client, Predictor, Update
 from fedkd.clients.heads import (
     client_head,
-    head_arrays,
     infer,
+    keep_heads,
     make_head,
     soften,
     with_heads,
@@ -171,7 +171,7 @@ class FedD2S(ModelAveraging):
                 self.cuts
             ) or len(set(self.cuts)) != len(self.cuts):
                 found.append("strategy.cuts must go from deep to shallow, each point once")
-        if self.reading == "cut" and self.cuts == (OUTPUT,) and self.predict != "personal":
+        if self.reading != "averaging" and self.cuts == (OUTPUT,) and self.predict != "personal":
             found.append("strategy.cuts = ['output'] has no global head; use predict = 'personal'")
         return found
 
@@ -183,11 +183,12 @@ class FedD2S(ModelAveraging):
         for point in points:
             terms += self._terms(client, model, point, heads.get(point), received)
         clip = self.head_max_grad_norm if heads and len(terms) > 1 else 0.0
-        training = replace(client.training, max_grad_norm=clip) if clip else client.training
+        training = client.training
+        if clip:
+            training = replace(training, max_grad_norm=min(clip, training.max_grad_norm or clip))
         result = client.fit(model, terms, training=training)
         arrays = {**self.finish(client, model), **self._release(client, model, points, heads)}
-        for block, head in heads.items():
-            client.state.update(head_arrays(block, head))
+        keep_heads(client, heads)
         return Update(arrays, with_heads(model, heads, {}), loss_metrics(result.losses))
 
     def _head(self, client: Client, model: BlockNet, block: str) -> BlockNet:
@@ -263,12 +264,12 @@ class FedD2S(ModelAveraging):
 
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         points = self.active(setting.book.blocks(client.model), round_)
-        taught = self.exchange().teach(state, client, points) if self.kd_weight else {}
+        taught = self.exchange().teach(state, client, points, setting) if self.kd_weight else {}
         return {**super().broadcast(state, client, round_, setting), **taught}
 
     def judging(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         points = self.active(setting.book.blocks(client.model), round_)
-        heads = self.exchange().global_heads(state, client, points)
+        heads = self.exchange().global_heads(state, client, points, setting)
         return {**super().broadcast(state, client, round_, setting), **heads}
 
     def aggregate(

@@ -44,7 +44,7 @@ class Exchange:
         round_: int,
         setting: Setting,
     ) -> Arrays:
-        """Return the state after a round; uploads of points that take part no more are forgotten."""
+        """Return the state after a round; what points no longer taking part said is forgotten."""
         active = {p for listed in points.values() for p in listed}
         state = {k: v for k, v in state.items() if not k.startswith("lesson/")}
         for upload in uploads:
@@ -79,9 +79,12 @@ class Exchange:
             )
         return {**state, **self._written(taught)}
 
-    def teach(self, state: Arrays, client: ClientInfo, points: Sequence[str]) -> Arrays:
+    def teach(
+        self, state: Arrays, client: ClientInfo, points: Sequence[str], setting: Setting
+    ) -> Arrays:
         """Return what a client is taught: soft labels, or the global heads of its cuts."""
-        heads = self.global_heads(state, client, points) if self.options.send == "head" else {}
+        by_head = self.options.send == "head"
+        heads = self.global_heads(state, client, points, setting) if by_head else {}
         arrays = dict(heads)
         for point in points:
             if select(heads, f"global_head/{point}"):
@@ -91,17 +94,21 @@ class Exchange:
             arrays.update(prefixed(f"soft_labels/{point}", lesson))
         return arrays
 
-    def global_heads(self, state: Arrays, client: ClientInfo, points: Sequence[str]) -> Arrays:
+    def global_heads(
+        self, state: Arrays, client: ClientInfo, points: Sequence[str], setting: Setting
+    ) -> Arrays:
         """Return the global heads that fit a client's features, as ``global_head/<point>/...``."""
         arrays: Arrays = {}
+        heads = select(state, "global_head")
         for point in points:
+            if not any(key.startswith(f"{point}@") for key in heads):
+                continue
             said = state.get(f"buffer/{client.id}/{point}/features")
-            heads = select(state, "global_head")
-            sizes = sorted({k.split("/")[0] for k in heads if k.startswith(f"{point}@")})
-            fitting = f"{point}@{said.shape[1]}" if said is not None else None
-            name = fitting or (sizes[0] if len(sizes) == 1 else None)
-            if name:
-                arrays.update(prefixed(f"global_head/{point}", select(heads, name)))
+            if said is not None:
+                size = said.shape[1]
+            else:
+                size = setting.book.make(client.model).feature_size(setting.task, point)
+            arrays.update(prefixed(f"global_head/{point}", select(heads, f"{point}@{size}")))
         return arrays
 
     def _forget(self, state: Arrays, active: set[str], round_: int) -> Arrays:

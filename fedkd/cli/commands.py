@@ -1,0 +1,133 @@
+"""Every command with its arguments; what it does is in a module that is imported when it is called.
+
+So ``fedkd --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="fedkd",
+    help="Federated, privacy-preserving knowledge distillation, simulated on one machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Workspace = Annotated[
+    Path,
+    typer.Option(help="Folder with your own strategies/, clients/ and privacy/; runs/ goes there."),
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads this at run time
+    typer.Argument(metavar="[FILE.toml] [key.sub=value]...", show_default=False),
+]
+HERE = Path()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedkd import __version__
+
+        typer.echo(f"fedkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedkd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Federated, privacy-preserving knowledge distillation, simulated on one machine."""
+
+
+@app.command()
+def run(
+    arguments: Overrides = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the results; default: the next free runs/NAME."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is in the folder.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    workspace: Workspace = HERE,
+) -> int:
+    """Run an experiment and everything it is compared to; print the table.
+
+    Short forms: strategy=NAME clients=PRESET privacy=PRESET rounds=5 seed=1 seeds=0,1,2
+    clients.participation.ratio=0.2. All keys: fedkd show experiment.
+    """
+    from fedkd.cli.run import run as command
+
+    return command(arguments or [], out, resume=resume, quiet=quiet, workspace=workspace)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[Optional[str], typer.Argument(help="Only this kind.")] = None,  # noqa: UP045
+    workspace: Workspace = HERE,
+) -> None:
+    """List strategies, data sources, partitions, models, presets, with one line each."""
+    from fedkd.cli.catalogue import show_list
+
+    show_list(kind, workspace)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A name from fedkd list, or: experiment.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[option=value]...", help="Options of a partition to preview."),
+    ] = None,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw a preview of a partition into this file (and a PDF beside it)."),
+    ] = None,
+    source: Annotated[str, typer.Option(help="Data source of the preview.")] = "digits",
+    clients: Annotated[int, typer.Option(min=1, help="Clients of the preview.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the preview.")] = 0,
+    workspace: Workspace = HERE,
+) -> None:
+    """Show what something is: its options with defaults and ranges, its card, its source."""
+    from fedkd.cli.catalogue import Preview, show_name
+
+    preview = Preview(plot, source, clients, seed, tuple(overrides or ()))
+    show_name(name, preview, workspace)
+
+
+@app.command()
+def doctor(arguments: Overrides = None, workspace: Workspace = HERE) -> int:
+    """Check this machine and, if one is given, what in an experiment will not work and why."""
+    from fedkd.cli.doctor import doctor as command
+
+    return command(arguments or [], workspace)
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="RUN/failures/round-R-client-K")],
+    workspace: Workspace = HERE,
+) -> int:
+    """Do a failed client's local work again, with what it was given."""
+    from fedkd.cli.saved import replay as command
+
+    return command(folder, workspace)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a comparison or of a single run.")],
+    workspace: Workspace = HERE,
+) -> int:
+    """Make tables and figures again from what is on disk; nothing is run."""
+    from fedkd.cli.saved import report as command
+
+    return command(folder, workspace)

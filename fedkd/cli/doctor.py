@@ -1,0 +1,143 @@
+"""``fedkd doctor``: is this machine fit, are the data here, what in an experiment cannot work.
+
+All problems are listed, not only the first: each part of a run is built on its own, and only where
+every part is fine are they put together.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedkd.cli.places import RUNS, read
+from fedkd.cli.screen import grid, screen
+from fedkd.config import Experiment
+from fedkd.data.registries import partitions, sources
+from fedkd.engine.executors import cores, make_executor
+from fedkd.engine.registries import executors
+from fedkd.engine.setup import load_workspace, make_strategy, pick_device, prepare
+from fedkd.errors import ConfigError, FedkdError
+from fedkd.models.registries import models
+from fedkd.options import build
+from fedkd.presets import preset
+from fedkd.versions import versions
+
+LOW_SPACE = 1e9
+
+
+def doctor(arguments: Sequence[str], workspace: Path) -> int:
+    """Print the findings; return 2 if the experiment, or the machine, has a problem."""
+    console = screen()
+    console.print("versions", style="bold")
+    console.print(grid(sorted(versions().items())))
+    console.print("\nmachine", style="bold")
+    console.print(grid(list(machine(workspace))))
+    console.print("\ndata", style="bold")
+    load_workspace(workspace)
+    console.print(grid([(name, found(name)) for name in sources.names()]))
+    wrong = [] if writable(workspace / RUNS) else [f"cannot write to {workspace / RUNS}"]
+    if arguments:
+        console.print("\nexperiment", style="bold")
+        checked = list(problems(arguments, workspace))
+        wrong += checked
+        if not checked:
+            console.print("  everything works together")
+    for problem in wrong:
+        console.print(f"  problem: {problem}", style="red", soft_wrap=True)
+    return 2 if wrong else 0
+
+
+def machine(workspace: Path) -> Iterator[tuple[str, str]]:
+    """Return what matters of this machine, by name."""
+    yield "cores", str(cores())
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    yield "torch threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS {threads}); 1 in a run"
+    default = type(make_executor())
+    names = [name for name in executors.names() if executors.get(name) is default]
+    yield "executor", f"auto means {names[0]}"
+    device = pick_device("auto")
+    named = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    yield "device", f"auto means {device.type}{named}"
+    free = shutil.disk_usage(_existing(workspace / RUNS)).free
+    low = "; this is little" if free < LOW_SPACE else ""
+    yield "disk", f"{free / 1e9:.1f} GB free for {workspace / RUNS}{low}"
+
+
+def found(name: str) -> str:
+    """Return whether a data source is at hand, or how to get it."""
+    try:
+        missing = build(sources.get(name), {}, "data.source").missing()
+    except ConfigError:
+        return "needs options; see fedkd show " + name
+    return missing or "at hand"
+
+
+def problems(arguments: Sequence[str], workspace: Path) -> Iterator[str]:
+    """Return everything in an experiment that cannot work, each once, with the runs it is in."""
+    try:
+        experiment = read(arguments, workspace)
+        cells = {cell.label: cell.experiment for cell in experiment.cells(workspace)}
+    except FedkdError as error:
+        yield str(error)
+        return
+    reasons: dict[str, list[str]] = {}
+    for label, config in cells.items():
+        for reason in _of(config):
+            reasons.setdefault(reason, []).append(label)
+    for reason, labels in reasons.items():
+        everywhere = len(labels) == len(cells)
+        yield reason if everywhere else f"in {', '.join(map(repr, labels))}: {reason}"
+
+
+def _of(config: Experiment) -> list[str]:
+    """Return the problems of one run: of its parts, or else of the whole."""
+    data, engine = config.data, config.engine
+
+    def source() -> None:
+        made = build(sources.get(data.source.name), data.source.options, "data.source")
+        missing = made.missing()
+        if missing:
+            raise ConfigError(f"data.source {data.source.name}: {missing}")
+
+    parts: list[Callable[[], Any]] = [
+        lambda: make_strategy(config.strategy),
+        source,
+        lambda: build(
+            partitions.get(data.partition.name), data.partition.options, "data.partition"
+        ),
+        *(
+            lambda m=m: build(models.get(m.name), m.options, "model")
+            for m in config.clients.models or (config.model,)
+        ),
+        lambda: preset("privacy", config.privacy),
+        lambda: pick_device(engine.device),
+        lambda: make_executor(engine.executor, engine.workers or None),
+    ]
+    return _failing(parts) or _failing([lambda: prepare(config)])
+
+
+def _failing(parts: Sequence[Callable[[], Any]]) -> list[str]:
+    reasons = []
+    for part in parts:
+        try:
+            part()
+        except FedkdError as error:
+            reasons += str(error).split("\n")
+    return list(dict.fromkeys(reasons))
+
+
+def writable(folder: Path) -> bool:
+    """Return whether a folder, or the nearest one above it, can be written to."""
+    return os.access(_existing(folder), os.W_OK)
+
+
+def _existing(folder: Path) -> Path:
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return place

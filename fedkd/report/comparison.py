@@ -1,0 +1,249 @@
+"""The comparison of a study: one row a label, every number with its interval, honest captions.
+
+Seeds are the independent units where there are two or more; with one seed only the clients are, and
+the caption says what such an interval cannot tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedkd.engine.study import StudyResult
+from fedkd.metrics.intervals import bootstrap_mean, mean_t, paired_t
+from fedkd.report.runs import RunView, views
+from fedkd.rng import stream
+from fedkd.types import Estimate
+
+REFERENCE = "local-only"
+BASELINES = ("local-only", "fedavg-ft")
+RULES = ("mean_last_k", "last", "chosen_on_validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One label; ``values`` by column name, see :data:`fedkd.report.tables.COLUMNS`."""
+
+    label: str
+    strategy: str = ""
+    seeds: tuple[int, ...] = ()
+    predict: str = ""
+    values: dict[str, Estimate] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readout:
+    """One read-out and predictor of one label."""
+
+    label: str
+    readout: str
+    predict: str
+    headline: bool
+    values: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows of a study with what a reader has to know to read them."""
+
+    name: str
+    folder: Path
+    rows: list[Row]
+    readouts: list[Readout]
+    notes: list[str]
+
+    def row(self, label: str) -> Row:
+        """Return the row of a label."""
+        return next(row for row in self.rows if row.label == label)
+
+    def __str__(self) -> str:
+        from fedkd.report.tables import text
+
+        return text(self)
+
+
+def comparison(study: StudyResult) -> Comparison:
+    """Return the comparison of all labels of a study, in the order of the experiment file."""
+    runs = views(study)
+    rows = [_row(study, label, found, _reference(found, runs)) for label, found in runs.items()]
+    readouts = [entry for found in runs.values() for entry in _readouts(found)]
+    return Comparison(study.experiment.name, study.folder, rows, readouts, _notes(study, runs))
+
+
+def _row(
+    study: StudyResult, label: str, runs: Sequence[RunView], reference: Sequence[RunView]
+) -> Row:
+    errors = [f"seed {c.seed}: {c.error}" for c in study.failed if c.label == label]
+    error = "; ".join(errors)
+    if not runs:
+        return Row(label=label, error=error)
+    if not all(r.entry("mean_last_k") for r in runs):
+        readout, predict = runs[0].headline
+        return Row(label=label, error=f"never judged in read-out {readout}, predictor {predict}")
+    values = {rule: _accuracy(runs, rule) for rule in RULES if all(r.entry(rule) for r in runs)}
+    for key, name in (
+        ("weighted", "weighted_accuracy"),
+        ("std", "std"),
+        ("worst_share", "worst_share"),
+        ("jain", "jain"),
+    ):
+        values[key] = mean_t([r.entry("mean_last_k")[name] for r in runs])
+    own = [_own(r) for r in runs]
+    everywhere = [r.entry("last").get("global_accuracy") for r in runs]
+    values |= _means({"own": own, "global": everywhere})
+    for key in ("bytes_up", "bytes_down"):
+        values[key] = mean_t([r.summary["bytes"].get(key, 0.0) for r in runs])
+    speeds = [r.summary["seconds"].get("train_per_round") for r in runs]
+    values |= _means({"seconds_per_round": speeds})
+    difference = _difference(runs, reference)
+    if difference is not None:
+        values["difference"] = difference
+    return Row(
+        label=label,
+        strategy=runs[0].summary["strategy"],
+        seeds=tuple(r.seed for r in runs),
+        predict=runs[0].headline[1],
+        values=values,
+        error=error,
+    )
+
+
+def _accuracy(runs: Sequence[RunView], rule: str) -> Estimate:
+    """Return the user accuracy over seeds; over clients where there is one seed only."""
+    means = [r.entry(rule)["user_accuracy"] for r in runs]
+    if len(runs) > 1:
+        return mean_t(means)
+    values = runs[0].by_client(rule)
+    over_clients = _over_clients(values[~np.isnan(values)], runs[0].seed)
+    # The value is the summary's to the last bit: its mean is taken in another order.
+    return replace(over_clients, value=means[0])
+
+
+def _over_clients(values: np.ndarray, seed: int) -> Estimate:
+    made = bootstrap_mean(values, stream(seed, "report", "bootstrap"))
+    return replace(made, method=f"{made.method} over clients")
+
+
+def _means(columns: dict[str, list[Any]]) -> dict[str, Estimate]:
+    """Return the mean over runs of each column that every run has."""
+    return {
+        key: mean_t(values)
+        for key, values in columns.items()
+        if values and all(v is not None for v in values)
+    }
+
+
+def _own(run: RunView) -> float | None:
+    _, predict = run.headline
+    by_predictor = run.summary["readouts"].get("own", {})
+    entry = by_predictor.get(predict, by_predictor.get("personal", {})).get("mean_last_k")
+    return float(entry["user_accuracy"]) if entry else None
+
+
+def _reference(runs: Sequence[RunView], everything: dict[str, list[RunView]]) -> list[RunView]:
+    """Return the runs of local-only on the same data as ``runs``, or none."""
+    if not runs:
+        return []
+    same = [
+        others
+        for others in everything.values()
+        if others and others[0].summary["strategy"] == REFERENCE and others[0].data == runs[0].data
+    ]
+    # The plain one, if there are variants with options, is what others are measured by.
+    plain = min(same, key=lambda others: len(others[0].experiment.strategy.options), default=[])
+    return [] if plain and plain[0].label == runs[0].label else plain
+
+
+def _difference(runs: Sequence[RunView], reference: Sequence[RunView]) -> Estimate | None:
+    """Return by how much ``runs`` is better, paired by seed, or by client with one seed."""
+    theirs = {r.seed: r for r in reference}
+    pairs = [(r, theirs[r.seed]) for r in runs if r.seed in theirs]
+    if len(pairs) > 1:
+        first, second = zip(*pairs, strict=True)
+        return paired_t(_user_accuracies(first), _user_accuracies(second))
+    if not pairs:
+        return None
+    ours, others = (r.by_client("mean_last_k") for r in pairs[0])
+    if ours.shape != others.shape:
+        return None
+    both = ~np.isnan(ours) & ~np.isnan(others)
+    if not both.any():
+        return None
+    return _over_clients((ours - others)[both], pairs[0][0].seed)
+
+
+def _user_accuracies(runs: Sequence[RunView]) -> list[float]:
+    return [r.entry("mean_last_k")["user_accuracy"] for r in runs]
+
+
+def _readouts(runs: Sequence[RunView]) -> list[Readout]:
+    """Return every read-out and predictor that all runs of a label have."""
+    found = []
+    first = runs[0].summary["readouts"] if runs else {}
+    for readout, by_predictor in sorted(first.items()):
+        for predict in sorted(by_predictor, key=lambda name: (name != "personal", name)):
+            entries = [r.summary["readouts"].get(readout, {}).get(predict) for r in runs]
+            if any(e is None for e in entries):
+                continue
+            columns = {
+                rule: [e.get(rule, {}).get("user_accuracy") for e in entries] for rule in RULES
+            }
+            for key in ("weighted_accuracy", "std", "worst_share", "jain"):
+                columns[key] = [e["mean_last_k"].get(key) for e in entries]
+            for key in ("loss", "global_accuracy", "absent_accuracy"):
+                columns[key] = [e["last"].get(key) for e in entries]
+            found.append(
+                Readout(
+                    label=runs[0].label,
+                    readout=readout,
+                    predict=predict,
+                    headline=(readout, predict) == runs[0].headline,
+                    values=_means(columns),
+                )
+            )
+    return found
+
+
+def _notes(study: StudyResult, runs: dict[str, list[RunView]]) -> list[str]:
+    """Say what the numbers are, what the intervals mean, and what the comparison lacks."""
+    finished = [r for found in runs.values() for r in found]
+    if not finished:
+        return ["No run has finished, so there is nothing to compare."]
+    k = study.experiment.evaluate.last_k
+    notes = [
+        f"Accuracy: mean over clients, each on its own test data, after aggregation "
+        f"({finished[0].headline[0]}), mean of the last {k} judged rounds, in %.",
+        _interval_note(runs),
+    ]
+    strategies = {r.summary["strategy"] for r in finished}
+    several = max(len(found) for found in runs.values()) > 1
+    if REFERENCE in strategies and len(runs) > 1:
+        notes.append(
+            f"Difference: percentage points above {REFERENCE} on the same data, paired by "
+            f"{'seed' if several else 'client'}; an interval without 0 is a real difference."
+        )
+    lacking = [name for name in BASELINES if name not in strategies]
+    if lacking:
+        added = " ".join(f"compare.{name}.strategy={name}" for name in lacking)
+        notes.append(
+            f"This comparison lacks {' and '.join(lacking)}, without which nobody can say what "
+            f"federation is worth here. Add: {added}"
+        )
+    notes += sorted({f"Privacy: {r.summary['privacy']}." for r in finished})
+    return notes
+
+
+def _interval_note(runs: dict[str, list[RunView]]) -> str:
+    counts = sorted({len(found) for found in runs.values() if found})
+    if counts[0] > 1:
+        seeds = " to ".join(str(c) for c in dict.fromkeys((counts[0], counts[-1])))
+        return f"Intervals: 95 %, Student's t over {seeds} seeds."
+    return (
+        "Intervals: 95 %, bootstrap over the clients of one seed. They do not say how much "
+        "another seed would change; for that add seeds=0,1,2."
+    )

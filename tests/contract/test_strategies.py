@@ -1,0 +1,287 @@
+"""What every registered strategy promises; a new one is covered by its name alone."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from flwr.serverapp import ServerApp
+
+from fedkd.clients.participation import Participation
+from fedkd.engine.client_app import ClientSide
+from fedkd.engine.codec import decode
+from fedkd.engine.flower_strategy import FlowerStrategy
+from fedkd.engine.folder import RunFolder
+from fedkd.engine.setup import make_strategy, prepare
+from fedkd.engine.simulate import in_process, simulate
+from fedkd.engine.simulation import Run
+from fedkd.errors import ConfigError, RunError
+from fedkd.strategies.base import strategies
+
+QUICK = {"server_epochs": 1, "head_hidden": 8}
+VARIANTS = {
+    "fedd2s": {
+        "averaging": {"reading": "averaging", "drop_every": 2, "drops": 2, "handover": "local"},
+        "cut": {"reading": "cut", "drop_every": 2, "drops": 1, **QUICK},
+        "cut-head": {"reading": "cut", "send": "head", "payload": "per_sample", **QUICK},
+        "cut-own": {"reading": "cut", "share": "own", "payload": "per_sample", **QUICK},
+        "up_to_cut": {"reading": "up_to_cut", "fuse_points": True, "drops": 0, **QUICK},
+    },
+    "lg-fedavg": {"input-end": {"shared": "input-end"}},
+}
+"""Options beside the defaults under which a strategy has other code to run."""
+
+CASES = [pytest.param(name, id=name) for name in strategies.names()]
+CASES += [
+    pytest.param({"name": name, **options}, id=f"{name}-{label}")
+    for name, variants in VARIANTS.items()
+    for label, options in variants.items()
+]
+every = pytest.mark.parametrize("strategy", CASES)
+HALF = {"rounds": 3, "clients.participation.ratio": 0.5}
+
+
+def pooled(run):
+    """A pooled strategy has one pseudo-client that always takes part: no cohort to speak of."""
+    return run.prepared.strategy.pooled
+
+
+@pytest.fixture(scope="module")
+def half(tiny, play):
+    """Three rounds of two clients each, played once for each strategy."""
+    known = {}
+
+    def get(strategy):
+        key = json.dumps(strategy)
+        if key not in known:
+            known[key] = play(tiny(strategy, HALF))
+        return known[key]
+
+    return get
+
+
+def cohorts(monkeypatch, plan):
+    """Let ``plan[round]`` take part, whatever the experiment says."""
+    monkeypatch.setattr(Participation, "cohort", lambda self, seed, round_, clients: plan[round_])
+
+
+@every
+def test_is_frozen_and_documented(strategy, tiny):
+    made = make_strategy(tiny(strategy).strategy)
+    assert dataclasses.is_dataclass(made)
+    for field in dataclasses.fields(made):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, getattr(made, field.name))
+    name = strategy if isinstance(strategy, str) else strategy["name"]
+    assert strategies.summary(name).endswith(".")
+    assert made.source
+    assert made.evidence in ("paper", "reconstruction")
+
+
+@every
+def test_learns_without_the_global_generators(strategy, tiny, play):
+    torch_before = torch.get_rng_state()
+    numpy_before = np.random.get_state()[1].copy()  # noqa: NPY002 that it does not move
+    run = play(tiny(strategy, {"rounds": 6, "clients.training.lr": 0.1, "evaluate.every": 3}))
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+    losses = [run.log.by_client("loss/supervised", "train", r) for r in (1, 6)]
+    assert np.nanmean(losses[1]) < np.nanmean(losses[0])
+    accuracy = run.log.table("accuracy", "test", "composite", "personal")
+    assert np.isfinite(accuracy).all()
+    assert accuracy.shape == (2, 4)
+
+
+@every
+def test_state_holds_arrays_and_only_knowledge_travels(strategy, half):
+    run = half(strategy)
+    states = [run.state, *(run.client_state(k) for k in range(4))]
+    for state in states:
+        for key, value in state.items():
+            assert isinstance(value, np.ndarray), key
+            assert value.dtype.kind in "fiu", key
+    travelled = set(run.ledger.totals().tensors)
+    assert travelled <= {"model", "soft_labels", "global_head"}
+
+
+@every
+def test_threads_give_the_same_bits(strategy, tiny, play, bits, values, half):
+    changes = {**HALF, "engine.executor": "thread", "engine.workers": 3}
+    threads = play(tiny(strategy, changes))
+    assert bits(threads) == bits(half(strategy))
+    assert values(threads) == values(half(strategy))
+
+
+@every
+def test_order_of_replies_does_not_matter(strategy, tiny, play):
+    run = play(tiny(strategy, {"rounds": 2}), rounds=1)
+    with in_process():
+        replies = run.grid.send_and_receive(run.strategy.train_messages(2, run.state, run.grid))
+    assert pooled(run) or len(replies) == 4
+    folds = [run.strategy.fold_train(2, run.state, r) for r in (replies, replies[::-1])]
+    folds.append(run.strategy.fold_train(2, run.state, replies[2:] + replies[:2]))
+    for other in folds[1:]:
+        assert list(other.state) == list(folds[0].state)
+        for key, value in folds[0].state.items():
+            assert value.tobytes() == other.state[key].tobytes(), key
+
+
+@every
+def test_resume_gives_the_same_bits(strategy, tiny, play, bits, values, half):
+    experiment = tiny(strategy, {**HALF, "engine.checkpoint_every": 1})
+    first = play(experiment, rounds=2)
+    resumed = Run(prepare(experiment), RunFolder(first.folder.path))
+    play(experiment, run=resumed)
+    assert bits(resumed) == bits(half(strategy))
+    assert values(resumed) == values(half(strategy))
+
+
+@every
+def test_memory_is_bounded(strategy, tiny, play):
+    few = {"clients.count": 2, "data.source.limit": 60, "rounds": 15, "evaluate.every": 15}
+    run = play(tiny(strategy, few), rounds=5)
+    sizes = [shapes(run)]
+    with in_process():
+        for round_ in range(6, 16):
+            run.play(round_)
+    assert [*sizes, shapes(run)] == sizes * 2
+
+
+def shapes(run):
+    states = [run.state, *(run.client_state(k) for k in range(2))]
+    return [{key: array.shape for key, array in state.items()} for state in states]
+
+
+@every
+def test_a_late_client_joins(strategy, tiny, play, monkeypatch):
+    cohorts(monkeypatch, {1: [0, 1], 2: [2], 3: [0, 3]})
+    run = play(tiny(strategy))
+    judged = run.log.table("accuracy", "test", "composite", "personal")
+    assert np.isfinite(judged).all()
+    trained = [run.log.by_client("loss/supervised", "train", r) for r in (1, 2, 3)]
+    expected = [[0]] * 3 if pooled(run) else [[0, 1], [2], [0, 3]]
+    assert [np.flatnonzero(~np.isnan(t)).tolist() for t in trained] == expected
+
+
+@every
+def test_an_empty_cohort_changes_nothing(strategy, tiny, play, bits):
+    nobody = {"clients.participation": {"scheme": "poisson", "ratio": 1e-9}, "rounds": 2}
+    run = play(tiny(strategy, nobody))
+    fresh = Run(prepare(tiny(strategy, nobody)), RunFolder(run.folder.path.with_name("fresh")))
+    fresh.begin()
+    assert (bits(run) == bits(fresh)) is not pooled(run)
+    assert np.isfinite(run.log.table("accuracy", "test", "composite", "personal")).all()
+
+
+def break_clients(monkeypatch, run, broken):
+    """Let local work of some clients fail after they have begun to change their memory."""
+    kind = type(run.prepared.strategy)
+    work = kind.local_update
+
+    def local_update(self, client, received):
+        if client.info.id in broken:
+            client.state["model/spoilt"] = np.zeros(1)
+            raise ZeroDivisionError("on purpose")
+        return work(self, client, received)
+
+    monkeypatch.setattr(kind, "local_update", local_update)
+
+
+@every
+def test_a_failing_client_counts_as_absent(strategy, tiny, play, bits, monkeypatch):
+    experiment = tiny(strategy, {"rounds": 2})
+    run = play(experiment, rounds=1)
+    without = play(experiment, rounds=1)
+    break_clients(monkeypatch, run, {1})
+    with in_process():
+        failures = run.play(2)
+    monkeypatch.undo()
+    cohorts(monkeypatch, {2: [0, 2, 3]})
+    with in_process():
+        assert without.play(2) == []
+    assert bits(run) == bits(without)
+    if not pooled(run):
+        assert len(failures) == 1
+        assert "client 1" in failures[0]
+        assert "on purpose" in failures[0]
+        assert (run.folder.path / "failures/round-2-client-1/failure.json").is_file()
+
+
+@every
+def test_all_failing_ends_the_run(strategy, tiny, play, monkeypatch):
+    run = play(tiny(strategy), rounds=1)
+    break_clients(monkeypatch, run, {0, 1, 2, 3})
+    with in_process(), pytest.raises(RunError, match="all participants of round 2 failed"):
+        run.play(2)
+
+
+@every
+def test_clients_with_one_class_only(strategy, tiny, play):
+    changes = {
+        "rounds": 2,
+        "evaluate.every": 2,
+        "clients.count": 10,
+        "data.partition": {"name": "pathological", "classes_per_client": 1},
+    }
+    run = play(tiny(strategy, changes))
+    counts = run.prepared.federation.counts()
+    assert ((counts > 0).sum(1) == 1).all()
+    assert "failed" not in (run.folder.path / "events.log").read_text()
+    assert np.isfinite(run.log.table("loss", "test", "composite", "personal")).all()
+
+
+@every
+def test_clients_without_examples_do_no_harm(strategy, tiny, play):
+    changes = {
+        "clients.count": 12,
+        "data.partition": {"name": "dirichlet", "alpha": 0.01, "allow_empty": True},
+        "clients.participation.ratio": 0.1,
+        "rounds": 6,
+        "evaluate.every": 6,
+    }
+    experiment = tiny(strategy, changes)
+    prepared = prepare(experiment)
+    empty = {c.id for c in prepared.setting.clients if c.examples == 0}
+    alone = [r for r in range(1, 7) if set(FlowerStrategy(prepared).cohort(r)) <= empty]
+    assert prepared.strategy.pooled or alone, "choose a seed with a cohort of empty clients only"
+    run = play(experiment)
+    for key, value in run.state.items():
+        assert np.isfinite(value).all(), key
+
+
+@every
+def test_mixed_models_work_or_are_refused_before_round_one(strategy, tiny, play):
+    models = [{"name": "mlp", "hidden": [16, 12]}, {"name": "mlp", "hidden": [10]}]
+    experiment = tiny(strategy, {"clients.models": models, "rounds": 2})
+    try:
+        prepare(experiment)
+    except ConfigError as error:
+        assert "different architectures" in str(error)
+        return
+    run = play(experiment)
+    assert {c.model for c in run.prepared.setting.clients} == {"mlp", "mlp#2"}
+    assert "failed" not in (run.folder.path / "events.log").read_text()
+    assert np.isfinite(run.log.table("accuracy", "test", "composite", "personal")).all()
+
+
+@every
+def test_runs_under_flowers_own_start(strategy, tiny, play):
+    experiment = tiny(strategy, {"rounds": 2})
+    prepared = prepare(experiment)
+    server, results = ServerApp(), []
+
+    @server.main()
+    def main(grid, context):
+        flower = FlowerStrategy(prepared)
+        initial = flower.initial_arrays()
+        results.append(flower.start(grid, initial_arrays=initial, num_rounds=2))
+
+    done = simulate(server, ClientSide(prepared).app(), 4)
+    assert done.failures == []
+    ours, theirs = play(experiment).state, decode(results[0].arrays)
+    assert list(theirs) == list(ours)
+    for key, value in ours.items():
+        assert value.tobytes() == theirs[key].tobytes(), key
+    assert set(results[0].train_metrics_clientapp) == {1, 2}
+    assert set(results[0].evaluate_metrics_clientapp) == {1, 2}

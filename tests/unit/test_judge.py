@@ -1,0 +1,86 @@
+"""Judging against counts by hand, in chunks, with empty splits."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedkd.clients import judge as module
+from fedkd.clients.heads import mixed, with_heads
+from fedkd.clients.judge import Verdict, judge
+from fedkd.data.federated import Split
+from fedkd.models.base import BlockNet
+from fedkd.rng import Rng
+
+CLASSES = 4
+
+
+def case(n=50):
+    z = torch.randn(n, CLASSES, generator=Rng(0).torch())
+    y = torch.randint(0, CLASSES - 1, (n,), generator=Rng(1).torch())
+    return Split(z, y)
+
+
+def test_counts_by_class_and_loss_by_hand():
+    split = case()
+    verdict = judge(lambda x: {"personal": x}, split, CLASSES)["personal"]
+    for c in range(CLASSES):
+        mine = split.y == c
+        assert verdict.total[c] == mine.sum()
+        assert verdict.correct[c] == (split.x[mine].argmax(1) == c).sum()
+    p = torch.softmax(split.x, 1)[torch.arange(50), split.y]
+    assert verdict.loss == pytest.approx(-p.log().mean().item(), rel=1e-5)
+    assert verdict.accuracy == int((split.x.argmax(1) == split.y).sum()) / 50
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    split = case()
+    whole = judge(lambda x: {"a": x, "b": -x}, split, CLASSES)
+    monkeypatch.setattr(module, "CHUNK", 7)
+    parts = judge(lambda x: {"a": x, "b": -x}, split, CLASSES)
+    assert list(whole) == list(parts) == ["a", "b"]
+    for name in whole:
+        assert np.array_equal(whole[name].correct, parts[name].correct)
+        assert np.array_equal(whole[name].total, parts[name].total)
+        assert whole[name].loss == pytest.approx(parts[name].loss, rel=1e-5)
+
+
+def test_log_probabilities_are_judged_as_logits_are():
+    split = case()
+    outputs = {"logits": split.x + 3, "logp": torch.log_softmax(split.x, 1)}
+    found = judge(lambda x: outputs, split, CLASSES)
+    assert found["logits"].loss == pytest.approx(found["logp"].loss, rel=1e-5)
+
+
+def test_an_empty_split_has_no_verdict():
+    empty = Split(torch.zeros(0, CLASSES), torch.zeros(0, dtype=torch.long))
+    assert judge(lambda x: {"a": x}, empty, CLASSES) == {}
+    nothing = Verdict(np.zeros(2), np.zeros(2), 0.0)
+    assert np.isnan(nothing.accuracy)
+    assert np.isnan(nothing.loss)
+
+
+def test_predictors_of_a_network_with_heads():
+    net = BlockNet(
+        {"a": torch.nn.Linear(CLASSES, 5), "b": torch.nn.Linear(5, 6)}, torch.nn.Linear(6, CLASSES)
+    )
+    own = {"a": torch.nn.Linear(5, CLASSES)}
+    shared = {"a": torch.nn.Linear(5, CLASSES), "b": torch.nn.Linear(6, CLASSES)}
+    x = case().x
+    with torch.inference_mode():
+        found = with_heads(net, own, shared)(x)
+        f = torch.softmax(net(x), 1)
+        g = [torch.softmax(shared[k](net.features(x, k)), 1) for k in ("a", "b")]
+        mine = torch.softmax(own["a"](net.features(x, "a")), 1)
+        assert torch.allclose(found["personal"], net(x))
+        assert torch.allclose(torch.softmax(found["global_head"], 1), g[1])
+        assert torch.allclose(found["ensemble"].exp(), (f + g[0] + g[1]) / 3, atol=1e-6)
+        assert torch.allclose(found["own_heads"].exp(), (f + mine) / 2, atol=1e-6)
+        assert set(with_heads(net, {}, {})(x)) == {"personal"}
+    assert not net.training
+
+
+def test_mixed_is_the_log_of_the_mean_probability():
+    z = [case().x, -case().x]
+    expected = (torch.softmax(z[0], 1) + torch.softmax(z[1], 1)) / 2
+    assert torch.allclose(mixed(z).exp(), expected, atol=1e-6)
+    assert torch.allclose(mixed(z).exp().sum(1), torch.ones(50))
