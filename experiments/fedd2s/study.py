@@ -97,6 +97,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+CONTROLS = (
+    "averaging: head drops after 5",
+    "averaging: head personal, own labels",
+    "cut: KD 0",
+    "up to cut: KD 0",
+    "output only, own labels",
+)
 CONFIRMED = (
     "local-only",
     "local-only, label smoothing",
@@ -116,9 +123,12 @@ def settings(profile: str) -> dict[str, dict[str, Any]]:
     return SETTINGS if profile == "mlp" else {"alpha 0.1": {}}
 
 
-def variants(profile: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return the variants that a profile compares."""
-    return VARIANTS if profile == "mlp" else {label: VARIANTS[label] for label in CONFIRMED}
+def variants(profile: str, setting: str = "alpha 0.1") -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the variants that a profile compares; controls are run in the main setting."""
+    if profile == "cnn":
+        return {label: VARIANTS[label] for label in CONFIRMED}
+    controls = CONTROLS if setting != "alpha 0.1" else ()
+    return {label: variant for label, variant in VARIANTS.items() if label not in controls}
 
 
 def methods(profile: str) -> list[str]:
@@ -200,12 +210,12 @@ def study(profile: str, runs: Path, workers: int) -> None:
     """Run every variant in every setting with every seed."""
     tuned = json.loads((HERE / f"tuned-{profile}.json").read_text(encoding="utf-8"))
     jobs = []
-    for seed, (setting, changes), (label, (method, own)) in itertools.product(
-        SEEDS, settings(profile).items(), variants(profile).items()
-    ):
-        options = {**PROFILES[profile], **tuned[method]["options"], **changes, **own, "seed": seed}
-        folder = place(runs / profile, setting, label, seed)
-        jobs.append((f"{setting} / {label} / {seed}", options, str(folder)))
+    for (setting, changes), seed in itertools.product(settings(profile).items(), SEEDS):
+        for label, (method, own) in variants(profile, setting).items():
+            chosen = tuned[method]["options"]
+            options = {**PROFILES[profile], **chosen, **changes, **own, "seed": seed}
+            folder = place(runs / profile, setting, label, seed)
+            jobs.append((f"{setting} / {label} / {seed}", options, str(folder)))
     everything(jobs, workers)
 
 

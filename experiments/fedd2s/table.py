@@ -23,7 +23,7 @@ def write(profile: str, runs: Path, out: Path) -> None:
     """Write ``results-<profile>.md`` and ``.json`` below ``out``."""
     text, data = [], {}
     for setting in settings(profile):
-        rows = {label: load(runs / profile, setting, label) for label in variants(profile)}
+        rows = {label: load(runs / profile, setting, label) for label in variants(profile, setting)}
         rows = {label: found for label, found in rows.items() if found}
         if not rows:
             continue
@@ -34,11 +34,34 @@ def write(profile: str, runs: Path, out: Path) -> None:
             label: {p: record(label, rows, p) for p in PREDICTORS if has(rows[label], p)}
             for label in rows
         }
+    text.insert(0, overview(data))
     (out / f"results-{profile}.md").write_text("\n".join(text), encoding="utf-8")
     (out / f"results-{profile}.json").write_text(
         json.dumps(data, indent=1) + "\n", encoding="utf-8"
     )
     print("\n".join(text))
+
+
+def overview(data: dict[str, Any]) -> str:
+    """Return one table over all settings: user accuracy and the paired gain over local-only."""
+    rows: dict[str, dict[str, str]] = {}
+    for setting, labels in data.items():
+        for label, predictors in labels.items():
+            for predict, made in predictors.items():
+                name = label if predict == "personal" else f"{label} [{predict}]"
+                gain = made["over_local_only"]
+                shown = f" ({100 * gain['value']:+.1f})" if gain else ""
+                rows.setdefault(name, {})[setting] = percent(made["user_accuracy"], True) + shown
+    head = "| method | " + " | ".join(data) + " |\n" + "|---" * (len(data) + 1) + "|\n"
+    body = "".join(
+        f"| {name} | " + " | ".join(cells.get(s, "-") for s in data) + " |\n"
+        for name, cells in rows.items()
+    )
+    note = (
+        "User accuracy in per cent (composite read-out), 95 % t interval over seeds, which draw "
+        "another partition each; in brackets the mean paired difference to local-only.\n\n"
+    )
+    return f"## Overview\n\n{note}{head}{body}"
 
 
 def load(runs: Path, setting: str, label: str) -> dict[int, dict[str, Any]]:

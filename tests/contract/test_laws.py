@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fedkd.clients.client import Client
+from fedkd.clients.terms import Proximal, Supervised
 from fedkd.rng import stream
 from fedkd.types import select
 
@@ -148,6 +150,20 @@ def test_ditto_without_pull_is_local_only(tiny, play, monkeypatch):
         theirs = select(alone.client_state(k), "model")
         for key, value in select(free.client_state(k), "personal").items():
             assert value.tobytes() == theirs[key].tobytes()
+
+
+def test_dittos_pull_is_towards_what_the_client_received(tiny, play):
+    """Algorithm 1 of Ditto holds v near the w^t received, not near what local work made of it."""
+    lam, k = 2.0, 1
+    run = play(tiny({"name": "ditto", "lam": lam}, FULL), rounds=2)
+    before = play(tiny({"name": "ditto", "lam": lam}, FULL), rounds=1)
+    client = before.side.client(before.grid.contexts[1000 + k], 2)
+    received = select(before.state, "model")
+    own = client.model(select(client.state, "personal"))
+    reference = {key: torch.tensor(value) for key, value in received.items()}
+    client.fit(own, [Supervised(), Proximal(own, reference, lam)], "personal")
+    for key, value in select(run.client_state(k), "personal").items():
+        assert np.array_equal(value, own.get_parameter(key).detach().numpy())
 
 
 def test_fine_tuning_sends_and_keeps_nothing(tiny, play, bits):

@@ -43,7 +43,7 @@ def test_kl_with_impossible_classes_against_scipy():
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_gradient_is_the_difference_of_soft_labels(temperature):
-    """d/dz of T^2 KL(p || softmax(z/T)) is T (q - p), and that of soft cross-entropy is the same."""
+    """d/dz of T^2 KL(p || softmax(z/T)) is T (q - p), for soft cross-entropy too."""
     z, v = case()
     p = torch.softmax(v / temperature, 1)
     expected = temperature * (torch.softmax(z / temperature, 1) - p)

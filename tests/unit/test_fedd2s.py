@@ -251,6 +251,13 @@ def test_moving_the_cut_forgets_heads_and_uploads(tiny, play):
             assert own == {cut}
 
 
+def test_what_absent_clients_said_at_a_former_cut_is_forgotten(tiny, play, plan):
+    plan({1: [0, 1], 2: [1, 2]})
+    run = play(tiny(fedd2s("cut", drop_every=1, drops=1), {"rounds": 2}))
+    assert {k.split("/")[0] for k in select(run.state, "buffer")} == {"1", "2"}
+    assert {k.split("/")[1] for k in select(run.state, "buffer")} == {"fc1"}
+
+
 def test_heads_of_one_cut_go_on_from_where_they_were(tiny, play):
     run = play(tiny(fedd2s("cut")), rounds=1)
     before = select(run.state, "global_head/fc2@12")

@@ -74,5 +74,5 @@ def test_poisson_may_be_empty_and_fixed_never():
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.1, float("nan")])
 def test_impossible_ratios_are_refused(ratio):
-    with pytest.raises(ConfigError, match="participation.ratio"):
+    with pytest.raises(ConfigError, match=r"participation\.ratio"):
         build(Participation, {"ratio": ratio}, "participation")
