@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fedkd.engine.simulation import run as run
     from fedkd.engine.study import run_study as run_study
     from fedkd.strategies.base import Strategy as Strategy
-    from fedkd.strategies.base import strategies as strategies
 
 __version__ = "0.1.0"
 
@@ -31,7 +30,6 @@ _WHERE = {
     "run_study": "fedkd.engine.study",
     "simulate": "fedkd.engine.simulate",
     "Strategy": "fedkd.strategies.base",
-    "strategies": "fedkd.strategies.base",
 }
 __all__ = [
     "Experiment",
@@ -41,7 +39,6 @@ __all__ = [
     "run",
     "run_study",
     "simulate",
-    "strategies",
 ]
 
 

@@ -144,11 +144,21 @@ class Experiment:
         table = {
             k: v for k, v in self.table().items() if k not in ("name", "engine", "compare", "seeds")
         }
+        if self.data.manifest and Path(self.data.manifest).is_file():
+            content = Path(self.data.manifest).read_bytes()
+            table["data"]["manifest"] = hashlib.sha256(content).hexdigest()
         text = json.dumps(table, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def cells(self, workspace: Path | None = None) -> Iterator[Cell]:
         """Return the single runs of this comparison: this one, then ``compare``, for each seed."""
+        if self.strategy.name in self.compare:
+            raise ConfigError(
+                f"compare.{self.strategy.name!r} has the label of the experiment itself; give it "
+                "another label"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds = {list(self.seeds)}: give each seed once")
         variants: dict[str, Table] = {self.strategy.name: {}, **self.compare}
         base = {k: v for k, v in self.table().items() if k not in ("compare", "seeds")}
         for label, changes in variants.items():
@@ -246,7 +256,7 @@ def override(table: Table, path: str, value: Any) -> None:
         for key, inner_value in value.items():
             override(present, key, inner_value)
     else:
-        table[last] = value
+        table[last] = copy.deepcopy(value)
 
 
 def _named(table: Table) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform, get_type_hints
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
@@ -24,6 +24,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
 
 
 def _listed(value: Any) -> Any:
@@ -67,10 +68,23 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             path = f"{where}.{key}" if where else key
             listed = ", ".join(allowed) or "none"
             raise ConfigError(f"unknown key {path!r}{nearest(key, allowed)} (allowed: {listed})")
+    _refuse_coercion(cls, values, where)
     try:
         return cast(T, _adapter(cast(Any, cls)).validate_python(dict(values)))
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, where)) from None
+
+
+def _refuse_coercion(cls: Any, values: Mapping[str, Any], where: str) -> None:
+    """Refuse true and "5" where a number is asked for, which pydantic would turn into one."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        path, hint = (f"{where}.{name}" if where else name), hints.get(name)
+        if hint in (int, float) and isinstance(value, bool | str):
+            kind = "a valid integer" if hint is int else "a valid number"
+            raise ConfigError(f"{path} = {value!r}: Input should be {kind}")
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            _refuse_coercion(hint, value, path)
 
 
 @functools.cache

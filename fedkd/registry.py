@@ -88,7 +88,6 @@ class Registry(Generic[T]):
         folder = (workspace / self.folder).resolve()
         if not self.folder or folder in self._workspaces or not folder.is_dir():
             return
-        self._workspaces.add(folder)
         self._load()
         for file in sorted(folder.glob("*.py")):
             name = f"fedkd_workspace.{self.folder}.{file.stem}"
@@ -103,11 +102,20 @@ class Registry(Generic[T]):
                 raise
             except Exception as error:
                 raise ConfigError(f"cannot import the drop-in {file}: {error!r}") from error
+        self._workspaces.add(folder)
 
     def _load(self) -> None:
         if self._loaded:
             return
+        # Set at once, since what is imported here may look names up; put back if it fails.
         self._loaded = True
+        try:
+            self._import()
+        except BaseException:
+            self._loaded = False
+            raise
+
+    def _import(self) -> None:
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
             importlib.import_module(f"{self.package}.{module.name}")

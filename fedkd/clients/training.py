@@ -33,7 +33,7 @@ class Training:
     ] = "constant"
     final_lr: Annotated[
         float, Field(ge=0, le=1, description="share of lr left in the last round under cosine")
-    ] = 0.0
+    ] = 0.01
     max_grad_norm: Annotated[
         NonNegative, Field(description="clip the joint gradient norm of a step; 0 does not clip")
     ] = 0.0

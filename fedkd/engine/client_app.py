@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -31,7 +32,9 @@ class ClientSide:
 
     def __init__(self, prepared: Prepared, on_failure: OnFailure | None = None) -> None:
         self.prepared, self.on_failure = prepared, on_failure
-        self.broadcast_cache: Cache = {}
+        self._lock = threading.Lock()
+        self._exchange: tuple[int, str] = (0, "")
+        self._decoded: Cache = {}
 
     def app(self) -> ClientApp:
         """Return the ClientApp with its ``train``, ``evaluate`` and ``query.describe`` actions."""
@@ -50,7 +53,7 @@ class ClientSide:
         """Do one client's local work of a round, keep its memory, judge it as ``own``."""
         config = message.content["config"]
         client = self.client(context, int(config["server-round"]))
-        received = decode(message.content["arrays"], self.broadcast_cache)
+        received = decode(message.content["arrays"], self._cache(message))
         before = dict(client.state)
         try:
             update = self.prepared.strategy.local_update(client, received)
@@ -76,11 +79,19 @@ class ClientSide:
         """Judge a client after aggregation, as ``composite``."""
         config = message.content["config"]
         client = self.client(context, int(config["server-round"]))
-        received = decode(message.content["arrays"], self.broadcast_cache)
+        received = decode(message.content["arrays"], self._cache(message))
         predictor = self.prepared.strategy.predictor(client, received)
         metrics = self.judged(client, "composite", predictor, bool(config["global"]))
         metrics["num-examples"] = float(client.info.examples)
         return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+    def _cache(self, message: Message) -> Cache:
+        """Return what this exchange has decoded already; the one before is let go of."""
+        exchange = (int(message.content["config"]["server-round"]), message.metadata.message_type)
+        with self._lock:
+            if exchange != self._exchange:
+                self._exchange, self._decoded = exchange, {}
+            return self._decoded
 
     def client(self, context: Context, round_: int) -> Client:
         """Return the client that a node is, with its memory."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedkd.config import Experiment, load
 from fedkd.errors import ConfigError, RunError
 from fedkd.types import Record
 
@@ -33,6 +34,14 @@ class RunFolder:
     def exists(self) -> bool:
         """Return whether a run was begun here."""
         return (self.path / "config.toml").exists()
+
+    def experiment(self) -> Experiment:
+        """Return the experiment of the run that was begun here.
+
+        Raises:
+            ConfigError: its ``config.toml`` is damaged.
+        """
+        return load(self.path / "config.toml")
 
     def begin(self, toml: str) -> None:
         """Make the folder for a new run; whatever an unfinished start left is emptied."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,10 @@ from fedkd.data.partition import Partition, divide
 from fedkd.data.registries import partitions, sources
 from fedkd.errors import ConfigError
 from fedkd.models.book import ModelBook
+from fedkd.models.registries import models
 from fedkd.options import build
 from fedkd.presets import preset
+from fedkd.registry import Registry
 from fedkd.rng import stream
 from fedkd.strategies.base import Setting, Strategy, strategies
 from fedkd.types import ClientInfo
@@ -41,6 +44,35 @@ def load_workspace(workspace: Path | None) -> None:
     """Import the user's drop-in strategies; this executes the files in ``strategies/``."""
     if workspace is not None:
         strategies.load_workspace(workspace)
+
+
+def resolve(experiment: Experiment) -> Experiment:
+    """Return the same experiment with every option of its components written out.
+
+    So that its file says what was run even after a default has changed, and equal experiments have
+    equal digests. Components that do not exist are left as they are; ``prepare`` refuses them.
+    """
+
+    def full(registry: Registry[Any], component: Component, where: str) -> Component:
+        if component.name not in registry.names():
+            return component
+        options = asdict(build(registry.get(component.name), component.options, where))
+        return Component(component.name, {k: v for k, v in options.items() if v is not None})
+
+    data, clients = experiment.data, experiment.clients
+    return replace(
+        experiment,
+        strategy=full(strategies, experiment.strategy, "strategy"),
+        model=full(models, experiment.model, "model"),
+        data=replace(
+            data,
+            source=full(sources, data.source, "data.source"),
+            partition=full(partitions, data.partition, "data.partition"),
+        ),
+        clients=replace(
+            clients, models=tuple(full(models, m, "clients.models") for m in clients.models)
+        ),
+    )
 
 
 def make_strategy(component: Component) -> Strategy:
@@ -85,6 +117,7 @@ def prepare(experiment: Experiment) -> Prepared:
         ConfigError: something does not exist or does not work together; all of it is listed.
         DataError: the data are missing or damaged.
     """
+    experiment = resolve(experiment)
     strategy = make_strategy(experiment.strategy)
     preset("privacy", experiment.privacy)
     device = pick_device(experiment.engine.device)

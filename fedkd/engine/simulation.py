@@ -26,7 +26,7 @@ from fedkd.engine.flower_strategy import FlowerStrategy
 from fedkd.engine.folder import RunFolder
 from fedkd.engine.grid import FIRST_NODE_ID, LocalGrid
 from fedkd.engine.ledger import Direction, Ledger
-from fedkd.engine.setup import Prepared, prepare
+from fedkd.engine.setup import Prepared, prepare, resolve
 from fedkd.engine.simulate import in_process
 from fedkd.errors import ConfigError
 from fedkd.metrics.log import Log
@@ -88,6 +88,8 @@ class Run:
         self.state = loaded.server
         for k, arrays in loaded.clients.items():
             self.grid.contexts[FIRST_NODE_ID + k].state[STATE] = encode(arrays)
+        # Asked again here: the ledger has these messages already.
+        self.strategy.nodes(self.grid)
         self.ledger.load_state_dict(loaded.extra["ledger"])
         self.log.add(self.folder.rewind(int(loaded.extra["metrics_bytes"])))
         self.folder.event(f"resumed after round {loaded.round}")
@@ -145,7 +147,6 @@ class Run:
         return decode(context.state[STATE]) if STATE in context.state else {}
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
-        self.side.broadcast_cache.clear()
         if messages and messages[0].metadata.message_type == "train":
             self._changed |= {m.metadata.dst_node_id - FIRST_NODE_ID for m in messages}
         return self.grid.send_and_receive(messages)
@@ -217,18 +218,19 @@ def run(
             experiment; or the experiment is impossible.
         RunError: the run could not go on; everything up to the last checkpoint is on disk.
     """
+    experiment = resolve(experiment)
     folder = RunFolder(path)
     if folder.exists() and not resume:
         raise ConfigError(
             f"{path} holds a run already; add --resume to go on, or give another --out"
         )
+    if folder.exists() and folder.experiment().digest() != experiment.digest():
+        raise ConfigError(
+            f"{path} holds a run of another experiment; resume with the configuration in "
+            f"{path / 'config.toml'}, or give another --out"
+        )
     finished = folder.summary() if resume else None
     if finished is not None:
-        if finished["digest"] != experiment.digest():
-            raise ConfigError(
-                f"{path} holds a finished run of another experiment; resume with the configuration "
-                f"in {path / 'config.toml'}, or give another --out"
-            )
         return finished
     current = Run(prepared or prepare(experiment), folder)
     with in_process():

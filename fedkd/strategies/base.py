@@ -32,8 +32,8 @@ class Setting:
 class Strategy(ABC):
     """The hooks that a federated method fills in; everything else is the engine's.
 
-    ``source`` cites the method; ``evidence`` is ``paper`` where it was read in full and
-    ``reconstruction`` where it was not. ``mixed`` says whether clients may have different
+    ``source`` cites the method; ``evidence`` is ``paper`` where it follows the published algorithm
+    and ``reconstruction`` where the paper could not be read in full. ``mixed`` says whether clients may have different
     architectures; ``pooled`` that one pseudo-client trains on the union of all data (an upper
     bound, not a federation).
     """

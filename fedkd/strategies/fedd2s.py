@@ -28,7 +28,7 @@ from fedkd.distill.fusion import class_means
 from fedkd.distill.objectives.base import objectives
 from fedkd.distill.targets import ClassTargets, SampleTargets, Targets
 from fedkd.models.base import BlockNet
-from fedkd.options import Count, Names, NonNegative, Positive, options
+from fedkd.options import Count, Names, NonNegative, NotNegative, Positive, options
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
 from fedkd.strategies.base import Setting, strategies
 from fedkd.strategies.fedd2s_server import Exchange
@@ -68,9 +68,13 @@ class FedD2S(ModelAveraging):
         Field(ge=0, description="rounds between drops (the dropping rate); 0: one drop at most"),
     ] = 0
     first_drop: Annotated[
-        int, Field(ge=0, description="round of the first drop; 0 means drop_every + 1, or never")
-    ] = 0
-    drops: Annotated[int, Field(ge=0, description="how many blocks or cuts leave at most")] = 1
+        NotNegative | None,
+        Field(description="round of the first drop; 0: drop_every + 1, or never; none: see card"),
+    ] = None
+    drops: Annotated[
+        NotNegative | None,
+        Field(description="how many leave at most; none: the head (averaging) or all cuts but one"),
+    ] = None
     handover: Annotated[
         Literal["global", "local"],
         Field(description="a dropped block goes on from the last average or the client's copy"),
@@ -94,7 +98,7 @@ class FedD2S(ModelAveraging):
     ] = "uniform"
     objective: Annotated[str, Field(description="distillation objective, see fedkd list")] = "kl"
     temperature: Annotated[Positive, Field(description="T of student and teacher")] = 1.0
-    kd_weight: Annotated[NonNegative, Field(description="a, weight of distillation")] = 1.0
+    kd_weight: Annotated[NonNegative, Field(description="a, weight of distillation")] = 0.5
     kd_warmup: Annotated[int, Field(ge=0, description="rounds of a linear rise of kd_weight")] = 0
     head_weight: Annotated[NonNegative, Field(description="lam_h, weight of heads' labels")] = 1.0
     head_hidden: Annotated[int, Field(ge=0, description="hidden units of a head; 0: linear")] = 64
@@ -119,11 +123,21 @@ class FedD2S(ModelAveraging):
     def handover_from(self) -> str:
         return self.handover
 
+    def _first(self) -> int:
+        """Return the round of the first drop: where unset, the head is personal from the start."""
+        if self.first_drop is None:
+            return 1 if self.reading == "averaging" and not self.drop_every else 0
+        return self.first_drop
+
+    def _most(self) -> int | None:
+        """Return how many leave at most: where unset, the head alone, or all cuts but one."""
+        return 1 if self.drops is None and self.reading == "averaging" else self.drops
+
     def schedule(self, blocks: Sequence[str]) -> LayerSchedule:
         """Return the blocks whose weights are averaged: none in the two cut readings."""
         if self.reading != "averaging":
             return LayerSchedule.always([])
-        return LayerSchedule.deep_to_shallow(blocks, self.drop_every, self.first_drop, self.drops)
+        return LayerSchedule.deep_to_shallow(blocks, self.drop_every, self._first(), self._most())
 
     def points(self, blocks: Sequence[str]) -> LayerSchedule:
         """Return the points at which soft labels are exchanged, by round."""
@@ -132,7 +146,7 @@ class FedD2S(ModelAveraging):
         outermost = (OUTPUT,) if self.reading == "up_to_cut" else ()
         deep_first = self.cuts or (*outermost, *reversed(blocks[:-1]))
         schedule = LayerSchedule.deep_to_shallow(
-            list(reversed(deep_first)), self.drop_every, self.first_drop, self.drops
+            list(reversed(deep_first)), self.drop_every, self._first(), self._most()
         )
         if self.reading == "up_to_cut":
             return schedule

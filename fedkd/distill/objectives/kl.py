@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,25 +13,33 @@ from fedkd.options import options
 @objectives.register("kl")
 @options
 class KullbackLeibler(Objective):
-    """Kullback-Leibler divergence between the softened teacher and student.
+    """Kullback-Leibler divergence from teacher to student: ``T^2 sum_c p_c (log p_c - log q_c)``.
 
-    forward: ``T^2 sum_c p_c (log p_c - log q_c)``; reverse: ``T^2 sum_c q_c (log q_c - log p_c)``,
-    with p the teacher and q = softmax(z / T) the student. Zero exactly where p = q.
+    p is the teacher, q = softmax(z / T) the student; zero exactly where p = q. The forward
+    direction: the student covers all that the teacher holds possible.
 
     >>> KullbackLeibler()(torch.zeros(1, 2), torch.full((1, 2), 0.5), 2.0)
     tensor([0.])
     """
 
-    direction: Annotated[
-        Literal["forward", "reverse"],
-        Field(description="forward covers the teacher's modes, reverse seeks one of them"),
-    ] = "forward"
+    def __call__(self, logits: Tensor, probs: Tensor, temperature: float) -> Tensor:
+        student, teacher = _logs(logits, probs, temperature)
+        return (probs * (teacher - student)).sum(1) * temperature**2
+
+
+@objectives.register("reverse-kl")
+@options
+class ReverseKullbackLeibler(Objective):
+    """Kullback-Leibler divergence from student to teacher: ``T^2 sum_c q_c (log q_c - log p_c)``.
+
+    The reverse direction: the student settles on one of the teacher's modes.
+    """
 
     def __call__(self, logits: Tensor, probs: Tensor, temperature: float) -> Tensor:
-        student = functional.log_softmax(logits / temperature, dim=1)
-        teacher = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
-        if self.direction == "reverse":
-            value = (student.exp() * (student - teacher)).sum(1)
-        else:
-            value = (probs * (teacher - student)).sum(1)
-        return value * temperature**2
+        student, teacher = _logs(logits, probs, temperature)
+        return (student.exp() * (student - teacher)).sum(1) * temperature**2
+
+
+def _logs(logits: Tensor, probs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    student = functional.log_softmax(logits / temperature, dim=1)
+    return student, probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
