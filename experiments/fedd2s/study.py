@@ -4,6 +4,8 @@
     python experiments/fedd2s/study.py main   # all variants, settings and seeds
     python experiments/fedd2s/study.py table  # the results from what is on disk
 
+``--profile cnn`` and ``--profile dropping`` take the last two steps for two more questions.
+
 Runs are independent and resumable: an interrupted command does only what is missing.
 """
 
@@ -29,11 +31,11 @@ BASE: dict[str, Any] = {
     "evaluate": {"every": 3, "last_k": 3},
     "engine": {"executor": "serial", "checkpoint_every": 30},
 }
-# Every setting with the perceptron; the convolutional network confirms the main one.
-PROFILES: dict[str, dict[str, Any]] = {
-    "mlp": {"model": {"name": "mlp", "hidden": [200, 100, 100]}},
-    "cnn": {"model": {"name": "cnn", "channels": [8, 16], "hidden": 64}},
-}
+# Every setting with the perceptron, and two more questions with its tuned options: does the main
+# finding hold for a convolutional network, and where does dropping more than the head pay?
+MLP = {"model": {"name": "mlp", "hidden": [200, 100, 100]}}
+CNN = {"model": {"name": "cnn", "channels": [8, 16], "hidden": 64}}
+PROFILES: dict[str, dict[str, Any]] = {"mlp": MLP, "cnn": CNN, "dropping": MLP}
 SETTINGS: dict[str, dict[str, Any]] = {
     "alpha 0.1": {},
     "alpha 0.5": {"data.partition.alpha": 0.5},
@@ -107,34 +109,31 @@ CONTROLS = (
 CONFIRMED = (
     "local-only",
     "local-only, label smoothing",
-    "fedavg",
     "fedavg + fine-tuning",
     "fedper",
-    "averaging: no dropping",
     "averaging: head personal",
-    "averaging: head drops after 5",
+    "averaging: head personal, KD 0",
     "averaging: all drop, every 8",
-    "output only",
 )
+DROPPING = ("local-only", "fedper", "averaging: head personal", "averaging: all drop, every 8")
+HARDER: dict[str, dict[str, Any]] = {
+    "alpha 0.05": {"data.partition.alpha": 0.05},
+    "30 % take part": {"clients.participation.ratio": 0.3},
+    "60 rounds": {"rounds": 60, "evaluate.every": 6},
+}
 
 
 def settings(profile: str) -> dict[str, dict[str, Any]]:
     """Return the settings that a profile is run in."""
-    return SETTINGS if profile == "mlp" else {"alpha 0.1": {}}
+    return {"mlp": SETTINGS, "cnn": {"alpha 0.1": {}}, "dropping": HARDER}[profile]
 
 
 def variants(profile: str, setting: str = "alpha 0.1") -> dict[str, tuple[str, dict[str, Any]]]:
     """Return the variants that a profile compares; controls are run in the main setting."""
-    if profile == "cnn":
-        return {label: VARIANTS[label] for label in CONFIRMED}
-    controls = CONTROLS if setting != "alpha 0.1" else ()
-    return {label: variant for label, variant in VARIANTS.items() if label not in controls}
-
-
-def methods(profile: str) -> list[str]:
-    """Return the methods that the profile's variants need tuned."""
-    needed = {method for method, _ in variants(profile).values()}
-    return [method for method in METHODS if method in needed]
+    if profile == "mlp":
+        left_out = CONTROLS if setting != "alpha 0.1" else ()
+        return {label: variant for label, variant in VARIANTS.items() if label not in left_out}
+    return {label: VARIANTS[label] for label in (CONFIRMED if profile == "cnn" else DROPPING)}
 
 
 def one(job: tuple[str, dict[str, Any], str]) -> str:
@@ -172,24 +171,24 @@ def trials(method: str) -> list[dict[str, Any]]:
     ]
 
 
-def tune(profile: str, runs: Path, workers: int) -> None:
+def tune(runs: Path, workers: int) -> None:
     """Run all trials and write the best of each method, by validation accuracy, to a file."""
     jobs, folders = [], {}
-    for method in methods(profile):
+    for method in METHODS:
         for i, trial in enumerate(trials(method)):
-            folder = runs / profile / "tune" / method.replace(" ", "-") / str(i)
+            folder = runs / "mlp" / "tune" / method.replace(" ", "-") / str(i)
             extra = {"seed": TUNING_SEED, "rounds": TUNING_ROUNDS, "evaluate.every": 2}
-            options = {**PROFILES[profile], **trial, **extra}
+            options = {**MLP, **trial, **extra}
             jobs.append((f"{method} {i}", options, str(folder)))
             folders[method, i] = folder
     everything(jobs, workers)
     best = {}
-    for method in methods(profile):
+    for method in METHODS:
         scores = [validation(folders[method, i]) for i in range(len(trials(method)))]
         chosen = max(range(len(scores)), key=scores.__getitem__)
         best[method] = {"options": trials(method)[chosen], "validation": scores}
     text = json.dumps(best, indent=2)
-    (HERE / f"tuned-{profile}.json").write_text(text + "\n", encoding="utf-8")
+    (HERE / "tuned.json").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
@@ -208,7 +207,7 @@ def validation(folder: Path) -> float:
 
 def study(profile: str, runs: Path, workers: int) -> None:
     """Run every variant in every setting with every seed."""
-    tuned = json.loads((HERE / f"tuned-{profile}.json").read_text(encoding="utf-8"))
+    tuned = json.loads((HERE / "tuned.json").read_text(encoding="utf-8"))
     jobs = []
     for (setting, changes), seed in itertools.product(settings(profile).items(), SEEDS):
         for label, (method, own) in variants(profile, setting).items():
@@ -235,7 +234,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     if given.step == "tune":
-        tune(given.profile, given.runs, given.workers)
+        tune(given.runs, given.workers)
     elif given.step == "main":
         study(given.profile, given.runs, given.workers)
     else:

@@ -225,7 +225,7 @@ def _notes(study: StudyResult, runs: dict[str, list[RunView]]) -> list[str]:
     if REFERENCE in strategies and len(runs) > 1:
         notes.append(
             f"Difference: percentage points above {REFERENCE} on the same data, paired by "
-            f"{'seed' if several else 'client'}; an interval without 0 is a real difference."
+            f"{'seed' if several else 'client'}; an interval without 0 is hardly chance."
         )
     lacking = [name for name in BASELINES if name not in strategies]
     if lacking:
