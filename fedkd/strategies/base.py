@@ -33,9 +33,9 @@ class Strategy(ABC):
     """The hooks that a federated method fills in; everything else is the engine's.
 
     ``source`` cites the method; ``evidence`` is ``paper`` where it follows the published algorithm
-    and ``reconstruction`` where the paper could not be read in full. ``mixed`` says whether clients may have different
-    architectures; ``pooled`` that one pseudo-client trains on the union of all data (an upper
-    bound, not a federation).
+    and ``reconstruction`` where the paper could not be read in full. ``mixed`` says whether clients
+    may have different architectures; ``pooled`` that one pseudo-client trains on the union of all
+    data (an upper bound, not a federation).
     """
 
     source: ClassVar[str] = ""
