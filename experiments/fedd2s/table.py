@@ -16,6 +16,23 @@ HEADER = (
     "| method | user accuracy | own | stale | over local-only | chosen on validation | std | "
     "worst 10 % | Jain | global | absent classes | MB up | MB down |\n" + "|---" * 13 + "|\n"
 )
+HEAD, UP = "averaging: head personal", "up to cut: no dropping"
+CONTRASTS = (  # (label, predictor) minus (label, predictor)
+    ((HEAD, "personal"), ("local-only", "personal")),
+    ((HEAD, "personal"), ("local-only, label smoothing", "personal")),
+    ((HEAD, "personal"), ("fedavg + fine-tuning", "personal")),
+    ((HEAD, "personal"), ("fedper", "personal")),
+    ((HEAD, "personal"), ("averaging: head personal, KD 0", "personal")),
+    ((HEAD, "personal"), ("averaging: no dropping", "personal")),
+    (("averaging: all drop, every 8", "personal"), (HEAD, "personal")),
+    (("cut: dropping every 10", "personal"), ("cut: no dropping", "personal")),
+    (("cut: dropping every 10", "global_head"), ("cut: no dropping", "global_head")),
+    (("up to cut: dropping every 8", "personal"), (UP, "personal")),
+    (("up to cut: dropping every 8", "ensemble"), (UP, "ensemble")),
+    ((UP, "ensemble"), ("local-only", "personal")),
+    ((UP, "ensemble"), (UP, "own_heads")),
+    (("output only", "personal"), ("local-only", "personal")),
+)
 PREDICTORS = ("personal", "global_head", "ensemble", "own_heads")
 
 
@@ -34,6 +51,7 @@ def write(profile: str, runs: Path, out: Path) -> None:
             label: {p: record(label, rows, p) for p in PREDICTORS if has(rows[label], p)}
             for label in rows
         }
+    text.insert(0, contrasts(profile, runs))
     text.insert(0, overview(data))
     (out / f"results-{profile}.md").write_text("\n".join(text), encoding="utf-8")
     (out / f"results-{profile}.json").write_text(
@@ -62,6 +80,28 @@ def overview(data: dict[str, Any]) -> str:
         "another partition each; in brackets the mean paired difference to local-only.\n\n"
     )
     return f"## Overview\n\n{note}{head}{body}"
+
+
+def contrasts(profile: str, runs: Path) -> str:
+    """Return paired differences of user accuracy with their t interval over seeds."""
+    every = settings(profile)
+    found = {
+        s: {label: load(runs / profile, s, label) for label in variants(profile, s)} for s in every
+    }
+    body = ""
+    for (a, by_a), (b, by_b) in CONTRASTS:
+        cells = []
+        for rows in found.values():
+            first = values(rows.get(a, {}), by_a, "user_accuracy", "composite", "mean_last_k")
+            second = values(rows.get(b, {}), by_b, "user_accuracy", "composite", "mean_last_k")
+            both = sorted(set(first) & set(second))
+            gain = paired_t([first[k] for k in both], [second[k] for k in both]) if both else None
+            cells.append(percent(vars(gain), True) if gain else "-")
+        if any(cell != "-" for cell in cells):
+            body += f"| {a} [{by_a}] - {b} [{by_b}] | " + " | ".join(cells) + " |\n"
+    head = "| difference | " + " | ".join(every) + " |\n" + "|---" * (len(every) + 1) + "|\n"
+    note = "Percentage points of user accuracy, paired by seed, 95 % t interval.\n\n"
+    return f"## Differences\n\n{note}{head}{body}"
 
 
 def load(runs: Path, setting: str, label: str) -> dict[int, dict[str, Any]]:
