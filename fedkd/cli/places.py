@@ -100,7 +100,10 @@ def differences(there: Experiment, here: Experiment) -> list[str]:
     >>> differences(Experiment(rounds=5), Experiment(rounds=7))
     ['rounds (5 there, 7 here)']
     """
-    one, two = (_flat(e.table()) for e in (there, here))
+    from fedkd.engine.setup import resolve
+
+    # A stored run has every default written out; what the user typed has not.
+    one, two = (_flat(resolve(e).table()) for e in (there, here))
     return [
         f"{key} ({one.get(key, 'none')} there, {two.get(key, 'none')} here)"
         for key in sorted(one.keys() | two.keys())

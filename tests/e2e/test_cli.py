@@ -123,7 +123,7 @@ def test_short_forms_reach_the_experiment(here):
     ratio = "clients.participation.ratio=0.5"
     assert main(["run", *arguments, ratio, "strategy.mu=0.5", "-q"]) == 0
     config = fedkd.load(here / "runs" / "small" / "config.toml")
-    assert (config.strategy.name, config.strategy.options) == ("fedprox", {"mu": 0.5})
+    assert (config.strategy.name, config.strategy.options["mu"]) == ("fedprox", 0.5)
     assert (config.rounds, config.seed, config.clients.participation.ratio) == (1, 4, 0.5)
     assert main(["run", *arguments, "seeds=0,1", "-q"]) == 0
     runs = sorted(f.name for f in (here / "runs" / "small-2" / "fedprox").iterdir())
