@@ -154,9 +154,13 @@ def _reference(runs: Sequence[RunView], everything: dict[str, list[RunView]]) ->
         for others in everything.values()
         if others and others[0].summary["strategy"] == REFERENCE and others[0].data == runs[0].data
     ]
-    # The plain one, if there are variants with options, is what others are measured by.
-    plain = min(same, key=lambda others: len(others[0].experiment.strategy.options), default=[])
+    # The plain one, if there are variants with label smoothing, is what others are measured by.
+    plain = min(same, key=lambda others: _smoothing(others[0]), default=[])
     return [] if plain and plain[0].label == runs[0].label else plain
+
+
+def _smoothing(run: RunView) -> float:
+    return float(run.experiment.strategy.options.get("label_smoothing", 0.0))
 
 
 def _difference(runs: Sequence[RunView], reference: Sequence[RunView]) -> Estimate | None:

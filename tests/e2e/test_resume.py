@@ -13,6 +13,7 @@ import pytest
 
 from fedkd.config import experiment
 from fedkd.engine.checkpoint import Checkpoint
+from fedkd.engine.setup import resolve
 from fedkd.engine.simulation import run
 
 ROUNDS = 16
@@ -101,7 +102,7 @@ def lines(folder):
 def test_killed_and_resumed_equals_undisturbed(name, children, tmp_path):
     made, killed = small(*CASES[name]), tmp_path / "killed"
     kill_after(children, made, killed, 4)
-    loaded = Checkpoint(killed / "checkpoint", made.digest()).load()
+    loaded = Checkpoint(killed / "checkpoint", resolve(made).digest()).load()
     done = loaded.round if loaded else 0
     assert 3 <= done < ROUNDS
     assert not (killed / "summary.json").exists()
