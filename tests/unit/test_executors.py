@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -108,6 +109,15 @@ def test_threads_run_at_the_same_time() -> None:
     assert sorted(o.get() for o in outcomes) == [0, 1, 2]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, which it does not in a process started in background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_drops_what_has_not_started() -> None:
     started: list[int] = []
     go_on = threading.Event()
