@@ -51,7 +51,25 @@ def _component(value: Any) -> Any:
     raise ValueError("give a name, or a table with a name and options")
 
 
+def _maybe_component(value: Any) -> Any:
+    return None if value is None else _component(value)
+
+
 Named = Annotated[Component, BeforeValidator(_component)]
+MaybeNamed = Annotated[Component | None, BeforeValidator(_maybe_component)]
+
+
+@options
+class Public:
+    """The public pool: examples that the server and every client have, for methods that need it."""
+
+    size: Annotated[int, Field(ge=0, description="examples in the pool; 0: there is none")] = 0
+    source: Annotated[
+        MaybeNamed,
+        Field(
+            description="other data with inputs of the same shape; none: out of the training data"
+        ),
+    ] = None
 
 
 @options
@@ -66,6 +84,7 @@ class Data:
         float, Field(ge=0, lt=1, description="share of a client's training data held out")
     ] = 0.1
     manifest: Annotated[str, Field(description="a saved partition to use instead")] = ""
+    public: Public = Public()
 
 
 @options
@@ -296,7 +315,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Component):
         return _plain(value.table())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return _plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, tuple | list):

@@ -10,7 +10,7 @@ from hypothesis import settings
 from fedkd.config import Experiment, experiment, override
 from fedkd.engine.checkpoint import to_bytes
 from fedkd.engine.folder import RunFolder
-from fedkd.engine.setup import prepare
+from fedkd.engine.setup import make_strategy, prepare
 from fedkd.engine.simulate import in_process
 from fedkd.engine.simulation import Run
 
@@ -20,7 +20,10 @@ settings.load_profile("fedkd")
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Experiment]:
-    """Return ``tiny(strategy, {"key.sub": value})``, which makes an experiment."""
+    """Return ``tiny(strategy, {"key.sub": value})``, which makes an experiment.
+
+    Strategies that need a public pool get one of 40 examples, unless ``changes`` say otherwise.
+    """
 
     def make(strategy: Any = "fedavg", changes: dict[str, Any] | None = None) -> Experiment:
         table: dict[str, Any] = {
@@ -36,6 +39,10 @@ def tiny() -> Callable[..., Experiment]:
         }
         for key, value in (changes or {}).items():
             override(table, key, value)
+        made = experiment(table)
+        asked = any(key.startswith("data.public") for key in changes or {})
+        if not asked and make_strategy(made.strategy).needs_public():
+            override(table, "data.public.size", 40)
         return experiment(table)
 
     return make

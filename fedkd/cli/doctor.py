@@ -16,7 +16,7 @@ import torch
 
 from fedkd.cli.places import RUNS, read
 from fedkd.cli.screen import grid, screen
-from fedkd.config import Experiment
+from fedkd.config import Component, Experiment
 from fedkd.data.registries import partitions, sources
 from fedkd.engine.executors import cores, make_executor
 from fedkd.engine.registries import executors
@@ -98,15 +98,17 @@ def _of(config: Experiment) -> list[str]:
     """Return the problems of one run: of its parts, or else of the whole."""
     data, engine = config.data, config.engine
 
-    def source() -> None:
-        made = build(sources.get(data.source.name), data.source.options, "data.source")
-        missing = made.missing()
+    def at_hand(component: Component | None, where: str) -> None:
+        if component is None:
+            return
+        missing = build(sources.get(component.name), component.options, where).missing()
         if missing:
-            raise ConfigError(f"data.source {data.source.name}: {missing}")
+            raise ConfigError(f"{where} {component.name}: {missing}")
 
     parts: list[Callable[[], Any]] = [
         lambda: make_strategy(config.strategy),
-        source,
+        lambda: at_hand(data.source, "data.source"),
+        lambda: at_hand(data.public.source, "data.public.source"),
         lambda: build(
             partitions.get(data.partition.name), data.partition.options, "data.partition"
         ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkd.clients.local import FitResult, Term, fit
 from fedkd.clients.training import Training
-from fedkd.data.federated import ClientData
+from fedkd.data.federated import ClientData, Split
 from fedkd.models.base import BlockNet
 from fedkd.models.book import ModelBook
 from fedkd.rng import Rng, stream
@@ -26,6 +26,7 @@ class Client:
 
     ``state`` is the client's memory: arrays that it keeps between rounds and never sends by itself.
     It is saved with every checkpoint. ``round`` counts from 1; it is 0 before the first.
+    ``public`` is the public pool that the server and every client hold, where there is one.
     """
 
     info: ClientInfo
@@ -37,6 +38,7 @@ class Client:
     round: int
     rounds: int
     device: torch.device | str = "cpu"
+    public: Split | None = None
 
     @property
     def task(self) -> Task:
@@ -57,14 +59,16 @@ class Client:
         terms: Sequence[Term],
         purpose: str = "local",
         training: Training | None = None,
+        data: Split | None = None,
     ) -> FitResult:
-        """Train ``model`` in place on this client's training data through the one loop.
+        """Train ``model`` in place through the one loop, on its training data or ``data``.
 
         Calls with another ``purpose`` draw other batches and leave the first ones as they are.
         """
         training = training or self.training
         lr = training.lr_at(self.round, self.rounds)
-        return fit(model, self.data.train, terms, training, lr, self.rng(purpose))
+        data = self.data.train if data is None else data
+        return fit(model, data, terms, training, lr, self.rng(purpose))
 
     def epochs(self, epochs: int) -> Training:
         """Return this client's training options with another number of local epochs."""

@@ -78,6 +78,18 @@ def load(path: Path, dataset: Dataset) -> Partition:
     return partition
 
 
+def seed_of(path: Path) -> int:
+    """Return the seed that a manifest's partition was drawn with, whatever data it is of.
+
+    Raises:
+        DataError: the file cannot be read, or its seed is no whole number.
+    """
+    try:
+        return int(_read(path)["seed"])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -113,6 +113,7 @@ class ClientSide:
             round=round_,
             rounds=prepared.experiment.rounds,
             device=prepared.device,
+            public=prepared.setting.public,
         )
 
     def data(self, k: int) -> ClientData:

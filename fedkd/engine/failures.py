@@ -70,6 +70,7 @@ def replay(folder: Path) -> dict[str, Any]:
         round=note["round"],
         rounds=experiment.rounds,
         device=prepared.device,
+        public=setting.public,
     )
     with in_process():
         update = prepared.strategy.local_update(client, received)

@@ -10,8 +10,10 @@ import torch
 
 from fedkd.config import Component, Experiment
 from fedkd.data import manifest
-from fedkd.data.federated import Federation
+from fedkd.data.dataset import Dataset
+from fedkd.data.federated import Federation, Split
 from fedkd.data.partition import Partition, divide
+from fedkd.data.public import foreign_pool, take_public
 from fedkd.data.registries import partitions, sources
 from fedkd.errors import ConfigError
 from fedkd.models.book import ModelBook
@@ -68,6 +70,11 @@ def resolve(experiment: Experiment) -> Experiment:
             data,
             source=full(sources, data.source, "data.source"),
             partition=full(partitions, data.partition, "data.partition"),
+            public=replace(
+                data.public,
+                source=data.public.source
+                and full(sources, data.public.source, "data.public.source"),
+            ),
         ),
         clients=replace(
             clients, models=tuple(full(models, m, "clients.models") for m in clients.models)
@@ -91,11 +98,42 @@ def make_federation(experiment: Experiment) -> Federation:
         ConfigError: unknown source or scheme, or options that cannot be met.
         DataError: the data are missing or damaged.
     """
-    data = experiment.data
-    source = build(sources.get(data.source.name), data.source.options, "data.source")
+    return load_data(experiment)[0]
+
+
+def load_data(experiment: Experiment) -> tuple[Federation, Split | None]:
+    """Return the federation and its public pool; both equal for every strategy of one seed.
+
+    A pool without a source of its own is taken out of the training examples *before* these are
+    divided, so no client holds any of it. A manifest is one of the examples that are left, so its
+    seed, and not the experiment's, then decides which ones those are.
+
+    Raises:
+        ConfigError: unknown source or scheme, or options that cannot be met.
+        DataError: the data are missing, damaged, or too few for the pool.
+    """
+    data, public = experiment.data, experiment.data.public
+    dataset = _load(data.source, "data.source")
     scheme = build(partitions.get(data.partition.name), data.partition.options, "data.partition")
-    dataset = source.load()
     rng = stream(experiment.seed, "data")
+    drawn = manifest.seed_of(Path(data.manifest)) if data.manifest else experiment.seed
+    pool_rng = stream(drawn, "data", "public")
+    pool: Split | None = None
+    if public.source is not None:
+        if not public.size:
+            raise ConfigError(
+                "data.public.source is set, but data.public.size = 0; say how many examples the "
+                "pool has, as in data.public.size = 500"
+            )
+        if _same_data(data.source, public.source):
+            raise ConfigError(
+                f"data.public.source = {public.source.name!r} is what the clients train on; leave "
+                "it out: then the pool is taken out of the training data, and nobody holds it twice"
+            )
+        other = _load(public.source, "data.public.source")
+        pool = foreign_pool(other, dataset.task(), public.size, pool_rng)
+    elif public.size:
+        dataset, pool = take_public(dataset, public.size, pool_rng)
     count = experiment.clients.count
     partition: Partition
     if data.manifest:
@@ -107,7 +145,21 @@ def make_federation(experiment: Experiment) -> Federation:
             )
     else:
         partition = divide(dataset, scheme, count, rng.child("partition"), data.partition.name)
-    return Federation.build(dataset, partition, validation=data.validation, rng=rng)
+    return Federation.build(dataset, partition, validation=data.validation, rng=rng), pool
+
+
+def _load(component: Component, where: str) -> Dataset:
+    return build(sources.get(component.name), component.options, where).load()
+
+
+def _same_data(one: Component, other: Component) -> bool:
+    """Return whether two sources read the same data, however many examples they keep of it."""
+
+    def read(component: Component) -> dict[str, Any]:
+        options = asdict(build(sources.get(component.name), component.options))
+        return {k: v for k, v in options.items() if k not in ("limit", "test_limit")}
+
+    return one.name == other.name and read(one) == read(other)
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -121,7 +173,7 @@ def prepare(experiment: Experiment) -> Prepared:
     strategy = make_strategy(experiment.strategy)
     preset("privacy", experiment.privacy)
     device = pick_device(experiment.engine.device)
-    federation = make_federation(experiment)
+    federation, public = load_data(experiment)
     chosen = experiment.clients.models or (experiment.model,)
     labels: list[str] = []
     specs: dict[str, tuple[str, dict[str, object]]] = {}
@@ -140,8 +192,18 @@ def prepare(experiment: Experiment) -> Prepared:
     )
     for label in specs:
         book.initial(label)
-    setting = Setting(federation.task, book, clients, experiment.rounds, experiment.seed)
+    if public is not None:
+        public = Split(public.x.to(device), public.y.to(device))
+    setting = Setting(
+        federation.task, book, clients, experiment.rounds, experiment.seed, public, device
+    )
     problems = strategy.problems(setting)
+    if strategy.needs_public() and public is None:
+        problems = [
+            f"strategy {experiment.strategy.name!r} needs a public pool, and there is none; set "
+            "data.public.size = 500 (taken out of the training data) or data.public.source",
+            *problems,
+        ]
     if problems:
         raise ConfigError("\n".join(problems))
     return Prepared(experiment, federation, setting, strategy, device)

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from fedkd.clients.client import Client, Predictor, Update
+from fedkd.data.federated import Split
 from fedkd.models.book import ModelBook
 from fedkd.registry import Registry
 from fedkd.rng import Rng
@@ -20,13 +23,20 @@ from fedkd.types import Arrays, ClientInfo, Metrics, Task, Upload
 
 @dataclass(frozen=True)
 class Setting:
-    """What the server knows before round 1: task, architectures, clients, rounds, seed."""
+    """What the server knows before round 1: task, architectures, clients, rounds, seed.
+
+    ``public`` is the public pool, x float32 (n, ...) and y int64 (n,), -1 where a label is unknown;
+    server and clients hold it before round 1. ``device`` is where it lies, and where the server
+    trains networks of its own.
+    """
 
     task: Task
     book: ModelBook
     clients: tuple[ClientInfo, ...]
     rounds: int
     seed: int
+    public: Split | None = None
+    device: torch.device | str = "cpu"
 
 
 class Strategy(ABC):
@@ -52,6 +62,10 @@ class Strategy(ABC):
                 "(local-only, lg-fedavg with equal heads, fedd2s with reading = 'up_to_cut')"
             ]
         return []
+
+    def needs_public(self) -> bool:
+        """Return whether clients or server read the public pool; without one a run is refused."""
+        return False
 
     @abstractmethod
     def init(self, setting: Setting, rng: Rng) -> Arrays:
