@@ -42,12 +42,17 @@ def prefixed(prefix: str, arrays: Arrays) -> Arrays:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is learned: the shape of one input and the number of classes."""
+    """What is learned: the shape of one input and the number of classes.
+
+    ``bounds`` is the range of valid input values, such as black and white after normalisation: what
+    generated inputs are kept within. It belongs to the data set, not to a client.
+    """
 
     name: str
     input_shape: tuple[int, ...]
     classes: int
     class_names: tuple[str, ...] = ()
+    bounds: tuple[float, float] = (-3.0, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)

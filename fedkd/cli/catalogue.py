@@ -42,6 +42,7 @@ class Preview:
 def registries(workspace: Path) -> dict[str, Registry[Any]]:
     """Return every registry by the kind that ``fedkd list`` calls it."""
     from fedkd.data.registries import partitions, sources
+    from fedkd.distill.fusion_rules import fusions
     from fedkd.distill.objectives.base import objectives
     from fedkd.engine.registries import executors
     from fedkd.engine.setup import load_workspace
@@ -55,6 +56,7 @@ def registries(workspace: Path) -> dict[str, Registry[Any]]:
         "partitions": partitions,
         "models": models,
         "objectives": objectives,
+        "fusions": fusions,
         "executors": executors,
     }
 

@@ -95,6 +95,7 @@ class Dataset:
             input_shape=tuple(self.train_x.shape[1:]),
             classes=self.classes,
             class_names=self.class_names,
+            bounds=(float(self.train_x.min()), float(self.train_x.max())),
         )
 
     def fingerprint(self) -> str:

@@ -1,0 +1,115 @@
+"""Distillation on the server: an ensemble of frozen teachers, and the student that learns from it.
+
+Where the inputs come from, a public pool or a generator, is the caller's; the student is trained
+through the one loop, on soft targets that are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fedkd.clients.heads import Weighted
+from fedkd.clients.local import FitResult, Term, fit
+from fedkd.clients.terms import Distil
+from fedkd.clients.training import Training
+from fedkd.data.federated import Split
+from fedkd.distill.fusion_rules import Fusion
+from fedkd.distill.objectives.base import Objective
+from fedkd.distill.targets import SampleTargets
+from fedkd.errors import RunError
+from fedkd.models.base import BlockNet
+from fedkd.rng import Rng
+
+CHUNK = 4096
+
+
+@contextmanager
+def frozen(network: BlockNet) -> Iterator[BlockNet]:
+    """Hold a network constant for a while: in evaluation mode, its parameters without gradient."""
+    network.eval().requires_grad_(False)
+    try:
+        yield network
+    finally:
+        network.requires_grad_(True)
+
+
+class Ensemble:
+    """K frozen teachers and the rule that fuses them; gradient reaches inputs, never a teacher.
+
+    ``shares`` (K, C) as in :func:`~fedkd.distill.fusion_rules.label_shares`. ``weights`` (K,) with
+    mean 1 scale each teacher's logits before they are fused (1 for all: as if not given).
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[BlockNet],
+        fusion: Fusion,
+        shares: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.teachers = tuple(teachers)
+        self.fusion, self.shares, self.weights = fusion, shares, weights
+        for teacher in self.teachers:
+            teacher.eval().requires_grad_(False)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return every teacher's logits, (K, B, C)."""
+        return torch.stack([teacher(x) for teacher in self.teachers])
+
+    def fuse(self, logits: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
+        """Return the fused probabilities (B, C) of teachers' logits (K, B, C)."""
+        if self.weights is not None:
+            logits = logits * self.weights[:, None, None]
+        return self.fusion(logits, temperature, self.shares, labels)
+
+    def probs(self, x: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
+        """Return the fused probabilities (B, C) for inputs x, differentiable in x."""
+        return self.fuse(self.logits(x), temperature, labels)
+
+    def targets(self, x: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
+        """Return soft targets (n, C) for many inputs, as constants, in chunks."""
+        parts = labels.split(CHUNK) if labels is not None else [None] * -(-len(x) // CHUNK)
+        with torch.no_grad():
+            found = [
+                self.probs(part, temperature, y)
+                for part, y in zip(x.split(CHUNK), parts, strict=True)
+            ]
+        return torch.cat(found)
+
+
+def transfer(
+    student: BlockNet,
+    x: Tensor,
+    probs: Tensor,
+    *,
+    objective: Objective,
+    temperature: float,
+    training: Training,
+    rng: Rng,
+    labels: Tensor | None = None,
+    weights: Tensor | None = None,
+    terms: Sequence[Term] = (),
+    where: str = "strategy.server_lr",
+) -> FitResult:
+    """Teach ``student`` in place: ``mean_i w_i T^2 D(p_i || softmax(f(x_i) / T))`` plus ``terms``.
+
+    ``x`` (n, ...), ``probs`` (n, C) soft targets at ``temperature``, ``weights`` (n,) of examples
+    with mean 1 (none: 1 for all). ``labels`` (n,) are only for ``terms``.
+
+    Raises:
+        RunError: the loss is not finite; the message names the option ``where``.
+    """
+    y = labels if labels is not None else torch.zeros(len(x), dtype=torch.long, device=x.device)
+    distil: Term = Distil(objective, SampleTargets(probs), temperature, 1.0)
+    if weights is not None:
+        distil = Weighted(distil, weights)
+    try:
+        return fit(student, Split(x, y), [distil, *terms], training, training.lr, rng)
+    except RunError:
+        raise RunError(
+            f"distillation on the server diverged; lower {where} (now {training.lr:.4g})"
+        ) from None
