@@ -15,8 +15,8 @@ import numpy as np
 class ClassTable:
     """What one client says about the classes it holds.
 
-    ``labels`` (P,) the classes present, ``probs`` (P, C) a soft label for each, ``counts`` (P,) the
-    examples behind each.
+    ``labels`` (P,) the classes present, ``probs`` (P, C) a soft label for each (or ``(P, d)``, a
+    mean feature, where that is what is exchanged), ``counts`` (P,) the examples behind each.
     """
 
     labels: np.ndarray
@@ -45,14 +45,16 @@ def fuse_classes(
     leave_out: int | None = None,
     weighting: str = "uniform",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the fused soft label of every class, (C, C), and a mask (C,) of those that have one.
+    """Return the fused row of every class, (C, d), and a mask (C,) of those that have one.
 
     ``q_c = sum_k w_kc p_kc / sum_k w_kc`` over the clients k that hold class c, with w = 1
-    (``uniform``, Jeong et al. 2018, FD) or the number of examples n_kc (``examples``). With
-    ``leave_out`` that client's own table is not counted: leave-one-out, as FD does. Clients are
-    summed in ascending order, so their order in ``tables`` cannot change a bit.
+    (``uniform``, Jeong et al. 2018, FD) or the number of examples n_kc (``examples``). Rows are
+    soft labels (d = C) or features; without any table d = C. With ``leave_out`` that client's own
+    table is not counted: leave-one-out, as FD does. Clients are summed in ascending order, so
+    their order in ``tables`` cannot change a bit.
     """
-    sums = np.zeros((classes, classes), dtype=np.float64)
+    width = next((t.probs.shape[1] for t in tables.values()), classes)
+    sums = np.zeros((classes, width), dtype=np.float64)
     weights = np.zeros(classes, dtype=np.float64)
     for k in sorted(tables):
         if k == leave_out:

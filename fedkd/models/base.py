@@ -109,8 +109,8 @@ class BlockNet(nn.Module):
                 found[name] = pool(x)
         return x, found
 
-    def features(self, x: Tensor, at: str) -> Tensor:
-        """Return the pooled features behind block ``at``; deeper blocks are not computed.
+    def raw_features(self, x: Tensor, at: str) -> Tensor:
+        """Return what block ``at`` returns, as it is; deeper blocks are not computed.
 
         Raises:
             ConfigError: the network has no such block.
@@ -120,7 +120,15 @@ class BlockNet(nn.Module):
             x = block(x)
             if name == at:
                 break
-        return pool(x)
+        return x
+
+    def features(self, x: Tensor, at: str) -> Tensor:
+        """Return the :func:`pool`-ed features behind block ``at``; deeper blocks are not computed.
+
+        Raises:
+            ConfigError: the network has no such block.
+        """
+        return pool(self.raw_features(x, at))
 
     def feature_size(self, task: Task, at: str) -> int:
         """Return the number of features behind block ``at`` for inputs of ``task``.
@@ -131,6 +139,33 @@ class BlockNet(nn.Module):
         like = next(self.parameters())
         with torch.no_grad():
             return self.features(like.new_zeros(1, *task.input_shape), at).shape[1]
+
+    def up_to(self, at: str, head: nn.Module) -> BlockNet:
+        """Return the network of the blocks up to ``at`` and ``head``, on the same parameters.
+
+        Raises:
+            ConfigError: there is no such block before the head.
+        """
+        last = self._cut(at)
+        return BlockNet({n: self.get_submodule(n) for n in self.block_names[:last]}, head)
+
+    def behind(self, at: str) -> BlockNet:
+        """Return the network from :meth:`raw_features` of ``at`` on, on the same parameters.
+
+        ``net.behind(at)(net.raw_features(x, at)) == net(x)``. In it ``at`` is the identity; deeper
+        blocks and the head keep their names, so its weights are some of this network's.
+
+        Raises:
+            ConfigError: there is no such block before the head.
+        """
+        first = self._cut(at)
+        deeper = {n: self.get_submodule(n) for n in self.block_names[first:]}
+        return BlockNet({at: nn.Identity(), **deeper}, self.get_submodule(HEAD))
+
+    def _cut(self, at: str) -> int:
+        if at not in self.block_names:
+            raise unknown("block", at, self.block_names)
+        return self.block_names.index(at) + 1
 
     def _sequence(self) -> Iterator[tuple[str, nn.Module]]:
         return ((name, self.get_submodule(name)) for name in self.names)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fedkd.errors import ConfigError
-from fedkd.models.base import BlockNet, build, pool, row_major
+from fedkd.models.base import BlockNet, block_of, build, pool, row_major
 from fedkd.models.initial import initialise
 from fedkd.models.registries import models
 from fedkd.models.vit import Attention
@@ -299,3 +299,58 @@ def test_own_blocks_work(drop_in):
     net = build(name, {}, Task(name="t", input_shape=(4,), classes=2), Rng(0))
     assert net.names == ("a", "b", "c", "head")
     assert net(torch.zeros(5, 4)).shape == (5, 2)
+
+
+# ---- cut in two
+
+
+CUTS = [
+    (m, b)
+    for m, blocks in {
+        "mlp": ["fc1", "fc2"],
+        "cnn": ["conv1", "fc1"],
+        "resnet8": ["stem", "stage3"],
+        "vit-tiny": ["patches", "block4"],
+    }.items()
+    for b in blocks
+]
+
+
+@pytest.mark.parametrize(("name", "at"), CUTS)
+def test_the_two_sides_of_a_cut_are_the_network(name, at):
+    net = build(name, {}, DIGITS, Rng(0)).eval()
+    x = torch.randn(3, 1, 8, 8, generator=Rng(1).torch())
+    hidden = net.raw_features(x, at)
+    assert torch.equal(pool(hidden), net.features(x, at))
+    assert torch.equal(net.behind(at)(hidden), net(x))
+    assert torch.equal(net.up_to(at, net.head).raw_features(x, at), hidden)
+
+
+def test_the_sides_of_a_cut_share_parameters_under_their_names():
+    net = build("mlp", {"hidden": [5, 4, 3]}, FLAT, Rng(0))
+    edge, rest = net.up_to("fc2", nn.Linear(4, 3)), net.behind("fc2")
+    assert edge.names == ("fc1", "fc2", "head")
+    assert rest.names == ("fc2", "fc3", "head")
+    own = dict(net.named_parameters())
+    for key, parameter in rest.named_parameters():
+        assert parameter is own.pop(key)
+    for key, parameter in edge.named_parameters():
+        assert (parameter is own.pop(key)) if block_of(key) != "head" else key not in own
+    assert own == {}
+
+
+def test_behind_the_last_block_there_is_the_head_alone():
+    net = build("mlp", {"hidden": [5, 4]}, FLAT, Rng(0))
+    assert [k for k, _ in net.behind("fc2").named_parameters()] == ["head.weight", "head.bias"]
+
+
+def test_a_network_cannot_be_cut_at_its_head_or_at_no_block():
+    net = build("cnn", {}, DIGITS, Rng(0))
+    for call in (lambda: net.up_to("conv3", net.head), lambda: net.behind("conv3")):
+        with pytest.raises(ConfigError, match=r"unknown block 'conv3'; did you mean 'conv2'"):
+            call()
+    for call in (lambda: net.up_to("head", net.head), lambda: net.behind("head")):
+        with pytest.raises(ConfigError, match=r"unknown block 'head'.*allowed: conv1, conv2, fc1"):
+            call()
+    with pytest.raises(ConfigError, match=r"unknown block 'conv3'; did you mean 'conv2'"):
+        net.raw_features(torch.zeros(1, 1, 8, 8), "conv3")

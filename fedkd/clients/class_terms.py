@@ -1,0 +1,85 @@
+"""Loss terms that hold a network near what a federation knows of each class.
+
+Global features and soft predictions are constants: no gradient reaches the clients they came from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedkd.clients.local import Batch, Term
+from fedkd.distill.objectives.base import Objective
+from fedkd.distill.targets import Targets
+from fedkd.models.base import POOLED, BlockNet
+from fedkd.types import Task
+
+
+class FeatureMatch(Term):
+    """Mean squared distance of features to those of their class, ``||h - c_y||^2 / d``.
+
+    h (B, d) are the pooled features behind ``block``, c_y the target of the example's label. An
+    example of a class without a target contributes 0, and no gradient: it is masked, and not
+    pulled towards zeros. Source: Tan et al., FedProto, AAAI 2022, the regularizer of the local
+    loss; Chen et al., FedHKD, ICLR 2023, the third term.
+    """
+
+    name = "feature"
+
+    def __init__(self, targets: Targets, block: str, weight: float) -> None:
+        self.targets, self.block, self.weight = targets, block, weight
+
+    def __call__(self, batch: Batch) -> Tensor:
+        rows, mask = self.targets(batch.y, batch.index)
+        loss = (batch.features[self.block] - rows.detach()).square().mean(1)
+        return torch.where(mask, loss, torch.zeros_like(loss))
+
+    def at(self) -> frozenset[str]:
+        return frozenset({self.block})
+
+
+class HeadOnClasses(Term):
+    """Distillation of a head on global features: ``mean_c T^2 D(q_c || softmax(g(h_c) / T))``.
+
+    ``inputs`` (P, ...) are the global features h_c of the P classes that have one, in the shape
+    that ``head`` g reads; ``probs`` (P, C) their global soft predictions q_c at ``temperature``.
+    Classes that nobody holds are left out of the mean. It reads no example, and moves the head
+    alone. Source: Chen et al., FedHKD, ICLR 2023, the second term of the local loss.
+    """
+
+    dp = "weights-only"
+    name = "head_distil"
+
+    def __init__(
+        self,
+        head: nn.Module,
+        inputs: Tensor,
+        probs: Tensor,
+        objective: Objective,
+        temperature: float,
+        weight: float,
+    ) -> None:
+        self.head, self.inputs, self.probs = head, inputs.detach(), probs.detach()
+        self.objective, self.temperature, self.weight = objective, temperature, weight
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.objective(self.head(self.inputs), self.probs, self.temperature).mean()
+
+
+def head_inputs(model: BlockNet, task: Task, features: Tensor) -> Tensor:
+    """Return pooled features (P, d) of the last block in the shape that the head reads.
+
+    The inverse of :func:`~fedkd.models.base.pool` in shape: vectors stay, tokens become one token
+    (P, 1, width), maps become maps of at most 4x4 cells (P, channels, h, w). Exact for heads that
+    read vectors; for heads that average over a map or over tokens an approximation, since the
+    head then sees the pooled cells and not each pixel or token.
+    """
+    with torch.no_grad():
+        like = features.new_zeros(1, *task.input_shape)
+        hidden = model.raw_features(like, model.block_names[-1])
+    if hidden.dim() == 3:
+        return features.unsqueeze(1)
+    if hidden.dim() == 4:
+        height, width = (min(side, POOLED) for side in hidden.shape[2:])
+        return features.view(len(features), hidden.shape[1], height, width)
+    return features

@@ -1,0 +1,106 @@
+"""Federated distillation: mean soft labels of each class travel instead of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedkd.clients.client import Client, Update, personal
+from fedkd.clients.heads import infer, soften
+from fedkd.clients.local import Term
+from fedkd.clients.terms import Distil, Supervised
+from fedkd.distill.objectives.base import objectives
+from fedkd.models.base import BlockNet
+from fedkd.options import NonNegative, Positive, options
+from fedkd.strategies.averaging import ModelAveraging, loss_metrics
+from fedkd.strategies.base import Setting, strategies
+from fedkd.strategies.class_exchange import lesson, remember, summarise, tables, targets
+from fedkd.strategies.schedule import LayerSchedule
+from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
+
+KIND = "soft_labels"
+
+
+@strategies.register("fd")
+@options
+class FederatedDistillation(ModelAveraging):
+    """Per-label mean soft outputs travel; each client learns from the mean of all others.
+
+    ``CE(f(x), y) + gamma T^2 D(F_y || softmax(f(x) / T))`` with the leave-one-out mean
+    ``F_y = sum_{j != i} F_jy / M_y`` over the M_y other clients that hold class y. Clients keep
+    their networks, of any architecture. With ``share_weights`` all weights are averaged as well
+    (the baseline FedDistill+ of the FedGen paper). Limits: gamma = 0 is local-only bit for bit,
+    with ``share_weights`` FedAvg.
+    Source: Jeong et al., arXiv:1811.11479, algorithm 1.
+    """
+
+    source = "Jeong et al., arXiv:1811.11479, algorithm 1"
+    mixed = True
+
+    gamma: Annotated[NonNegative, Field(description="weight of distillation; 0 sends nothing")] = (
+        1.0
+    )
+    objective: Annotated[str, Field(description="distillation objective, see fedkd list")] = (
+        "soft-ce"
+    )
+    temperature: Annotated[Positive, Field(description="T of soft labels and student")] = 1.0
+    label_weighting: Annotated[
+        Literal["uniform", "examples"],
+        Field(description="weights of clients in a label's mean; examples sends their numbers"),
+    ] = "uniform"
+    share_weights: Annotated[
+        bool, Field(description="average all weights too (FedDistill+); needs one architecture")
+    ] = False
+
+    def schedule(self, blocks: Sequence[str]) -> LayerSchedule:
+        """Return the blocks whose weights are averaged: all with ``share_weights``, else none."""
+        return LayerSchedule.always(blocks if self.share_weights else [])
+
+    def problems(self, setting: Setting) -> list[str]:
+        objectives.get(self.objective)
+        return super().problems(setting)
+
+    def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        weights = self.judging(state, client, round_, setting)
+        taught = lesson(
+            tables(state, "probs"),
+            "probs",
+            setting.task.classes,
+            self.label_weighting,
+            leave_out=client.id,
+        )
+        return {**weights, **prefixed(KIND, taught)}
+
+    def judging(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        return super().broadcast(state, client, round_, setting)
+
+    def terms(self, client: Client, model: BlockNet, received: Arrays) -> list[Term]:
+        terms: list[Term] = [Supervised()]
+        taught = select(received, KIND)
+        if self.gamma and taught:
+            known = targets(taught, "probs", client.task.classes, client.device)
+            objective = objectives.get(self.objective)()
+            terms.append(Distil(objective, known, self.temperature, self.gamma))
+        return terms
+
+    def local_update(self, client: Client, received: Arrays) -> Update:
+        model = self.start(client, received)
+        result = client.fit(model, self.terms(client, model, received))
+        arrays = {**self.finish(client, model), **self._said(client, model)}
+        return Update(arrays, personal(model), loss_metrics(result.losses))
+
+    def _said(self, client: Client, model: BlockNet) -> Arrays:
+        train = client.data.train
+        if not self.gamma or len(train) == 0:
+            return {}
+        logits, _ = infer(model, train.x, ())
+        values = {"probs": soften(logits, self.temperature)}
+        return prefixed(KIND, summarise(values, train.y, self.label_weighting == "examples"))
+
+    def aggregate(
+        self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
+    ) -> tuple[Arrays, Metrics]:
+        state, metrics = super().aggregate(state, uploads, round_, setting)
+        return remember(state, uploads, KIND), metrics
