@@ -1,0 +1,154 @@
+"""DS-FL: soft labels of unlabelled public examples, sharpened by the server, teach everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from fedkd.clients.client import Client, Predictor, personal
+from fedkd.clients.local import Term
+from fedkd.clients.terms import Distil
+from fedkd.clients.training import Training
+from fedkd.clients.transfer import transfer
+from fedkd.distill.fusion_rules import Fusion
+from fedkd.distill.objectives.base import objectives
+from fedkd.distill.targets import SampleTargets
+from fedkd.errors import ConfigError
+from fedkd.models.book import to_arrays
+from fedkd.options import Count, NotNegative, Positive, options
+from fedkd.rng import Rng, stream
+from fedkd.strategies.base import Setting, strategies
+from fedkd.strategies.public_exchange import CONSENSUS, PublicExchange, part
+from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
+
+
+@strategies.register("ds-fl")
+@options
+class DsFl(PublicExchange):
+    """Clients and a global network learn the sharpened mean of everybody's public soft labels.
+
+    ``q_i = softmax((1/K) sum_k p_k(x_i) / T)`` with T below 1 (entropy reduction aggregation), then
+    ``min_w -mean_i sum_c q_ic log p_c(w; x_i)``. Limits: ``digest_epochs = 0`` leaves clients
+    local-only, ``server_epochs = 0`` leaves the global network out, both: nothing travels.
+    Source: Itahara et al., Distillation-Based Semi-Supervised Federated Learning, arXiv:2008.06180
+    (in notes only).
+    """
+
+    source = "Itahara et al., arXiv:2008.06180 (read in notes only)"
+    evidence = "reconstruction"
+    kind: ClassVar[str] = "soft_labels"
+
+    subset: Annotated[
+        NotNegative, Field(description="examples of the pool scored a round, at most; 0: all")
+    ] = 1000
+    fusion: Annotated[
+        str, Field(description="how clients' soft labels are fused, see fedkd list fusions")
+    ] = "mean-probs"
+    aggregation: Annotated[
+        Literal["era", "sa"],
+        Field(description="era sharpens the fused soft labels; sa, simple, leaves them"),
+    ] = "era"
+    era_temperature: Annotated[
+        Positive, Field(description="T of era; smaller is sharper, 1 and more is nearly uniform")
+    ] = 0.1
+    objective: Annotated[str, Field(description="distillation objective, see fedkd list")] = (
+        "soft-ce"
+    )
+    server_epochs: Annotated[
+        NotNegative, Field(description="epochs of the global network a round; 0: there is none")
+    ] = 1
+    server_batch_size: Annotated[
+        Count, Field(description="examples a step of the global network")
+    ] = 32
+    server_lr: Annotated[Positive, Field(description="learning rate of the global network")] = 0.05
+
+    def wanted(self, round_: int, rounds: int) -> bool:
+        # The global network still learns from what is said in the last round.
+        return self.server_epochs > 0 or super().wanted(round_, rounds)
+
+    def problems(self, setting: Setting) -> list[str]:
+        found = super().problems(setting)
+        try:
+            objectives.get(self.objective)
+        except ConfigError as error:
+            found.append(f"strategy.objective: {error}")
+        return found
+
+    def init(self, setting: Setting, rng: Rng) -> Arrays:
+        if not self.server_epochs:
+            return {}
+        return prefixed("model", setting.book.initial(setting.book.labels[0]))
+
+    def judging(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        return prefixed("model", select(state, "model"))
+
+    def answers(self, logits: Tensor) -> Tensor:
+        return functional.softmax(logits, dim=1)
+
+    def consensus(self, scores: Tensor, rule: Fusion, shares: Tensor | None) -> Tensor:
+        # Rules take logits; every one of them is blind to what is added to all classes alike, so
+        # log-probabilities are as good.
+        logits = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        fused = rule(logits, 1.0, shares)
+        return sharpened(fused, self.era_temperature) if self.aggregation == "era" else fused
+
+    def probs(self, consensus: Tensor) -> Tensor:
+        return consensus
+
+    def lesson(self, consensus: Tensor) -> Term:
+        return Distil(objectives.get(self.objective)(), SampleTargets(consensus), 1.0, 1.0)
+
+    def aggregate(
+        self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
+    ) -> tuple[Arrays, Metrics]:
+        before = state.get(CONSENSUS)
+        state, metrics = super().aggregate(state, uploads, round_, setting)
+        if not self.server_epochs or state.get(CONSENSUS) is before or setting.public is None:
+            return state, metrics
+        data = part(setting.public, self.subset, setting.seed, round_ + 1)
+        student = setting.book.make(
+            setting.book.labels[0], select(state, "model"), device=setting.device
+        )
+        result = transfer(
+            student,
+            data.x,
+            torch.tensor(state[CONSENSUS], device=setting.device),
+            objective=objectives.get(self.objective)(),
+            temperature=1.0,
+            training=Training(
+                epochs=self.server_epochs, batch_size=self.server_batch_size, lr=self.server_lr
+            ),
+            rng=stream(setting.seed, "server", "distil", round_),
+        )
+        metrics["loss/server"] = sum(result.losses.values())
+        return {**state, **prefixed("model", to_arrays(student))}, metrics
+
+    def predictor(self, client: Client, received: Arrays) -> Predictor:
+        weights = select(received, "model")
+        if not weights:
+            return super().predictor(client, received)
+        own = client.model(select(client.state, "model"))
+        shared = client.book.make(client.book.labels[0], weights, device=client.device)
+        alone, together = personal(own), personal(shared)
+        return lambda x: {**alone(x), "global": together(x)["personal"]}
+
+    def server_model(self, state: Arrays) -> Arrays | None:
+        return select(state, "model") or None
+
+
+def sharpened(probs: Tensor, temperature: float) -> Tensor:
+    """Return ``softmax(p / T)`` of mean probabilities p: entropy reduction aggregation.
+
+    The probabilities themselves stand in the exponent, so a uniform p stays uniform, T -> 0 is the
+    one-hot vector of the largest class, and T of 1 or more makes every p nearly uniform.
+    Source: Itahara et al., DS-FL, 2020.
+
+    >>> sharpened(torch.tensor([[0.6, 0.4]]), 0.1)
+    tensor([[0.8808, 0.1192]])
+    """
+    return functional.softmax(probs / temperature, dim=1)

@@ -1,0 +1,102 @@
+"""FedMD: clients of any architecture agree on the logits of public examples."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from fedkd.clients.client import Client
+from fedkd.clients.local import Term
+from fedkd.clients.terms import Distil, Supervised
+from fedkd.distill.fusion_rules import Fusion
+from fedkd.distill.objectives.base import objectives
+from fedkd.distill.targets import SampleTargets
+from fedkd.errors import ConfigError
+from fedkd.models.base import BlockNet
+from fedkd.options import NotNegative, Positive, options
+from fedkd.strategies.base import Setting, strategies
+from fedkd.strategies.public_exchange import MatchScores, PublicExchange
+from fedkd.types import Metrics
+
+DISTANCES = ("mae", "mse")
+
+
+@strategies.register("fedmd")
+@options
+class FedMD(PublicExchange):
+    """Clients match the mean logits of all on public examples, then train on their own data.
+
+    ``min_w mean_i mean_c |f_c(w; x_i) - (1/K) sum_k f_c(w_k; x_i)|`` over the round's part of the
+    pool, then ``CE`` on private data. Limits: ``digest_epochs = 0`` is local-only (nothing
+    travels); one participant hears itself.
+    Source: Li and Wang, FedMD: Heterogenous Federated Learning via Model Distillation,
+    arXiv:1910.03581, algorithm 1; distance and schedule as in the authors' code.
+    """
+
+    source = "Li and Wang, arXiv:1910.03581, algorithm 1, and the authors' code"
+
+    subset: Annotated[
+        NotNegative, Field(description="examples of the pool scored a round, at most; 0: all")
+    ] = 5000
+    digest_loss: Annotated[
+        str, Field(description="mae or mse between logits, or an objective, see fedkd list")
+    ] = "mae"
+    temperature: Annotated[
+        Positive, Field(description="T of consensus and student under an objective")
+    ] = 1.0
+    pretrain_epochs: Annotated[
+        NotNegative, Field(description="epochs on the labels of the pool, before all else")
+    ] = 0
+
+    def problems(self, setting: Setting) -> list[str]:
+        found = super().problems(setting)
+        if self.digest_loss in DISTANCES:
+            if self.fusion != "mean-logits":
+                found.append(
+                    f"strategy.digest_loss = {self.digest_loss!r} compares logits, but fusion = "
+                    f"{self.fusion!r} gives probabilities; use fusion = 'mean-logits', or "
+                    "digest_loss = 'kl'"
+                )
+        else:
+            try:
+                objectives.get(self.digest_loss)
+            except ConfigError as error:
+                found.append(f"strategy.digest_loss: {error}, or {' or '.join(DISTANCES)}")
+        unlabelled = setting.public is not None and bool((setting.public.y < 0).any())
+        if self.pretrain_epochs and unlabelled:
+            found.append(
+                "strategy.pretrain_epochs needs labels of the task, which the pool from "
+                "data.public.source does not have; set it to 0, or leave data.public.source out"
+            )
+        return found
+
+    def answers(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def consensus(self, scores: Tensor, rule: Fusion, shares: Tensor | None) -> Tensor:
+        # Distances are between logits as they are: any softmax would lose their scale.
+        if self.digest_loss in DISTANCES:
+            return scores.mean(0)
+        return rule(scores, self.temperature, shares)
+
+    def down(self) -> str:
+        return "logits/consensus" if self.digest_loss in DISTANCES else "soft_labels/consensus"
+
+    def probs(self, consensus: Tensor) -> Tensor:
+        return functional.softmax(consensus, dim=1) if self.digest_loss in DISTANCES else consensus
+
+    def lesson(self, consensus: Tensor) -> Term:
+        if self.digest_loss in DISTANCES:
+            return MatchScores(consensus, squared=self.digest_loss == "mse")
+        objective = objectives.get(self.digest_loss)()
+        return Distil(objective, SampleTargets(consensus), self.temperature, 1.0)
+
+    def prepare(self, client: Client, model: BlockNet) -> Metrics:
+        if not self.pretrain_epochs or client.public is None:
+            return {}
+        training = client.epochs(self.pretrain_epochs)
+        result = client.fit(model, [Supervised()], "pretrain", training, client.public)
+        return {"loss/pretrain": sum(result.losses.values())}

@@ -1,0 +1,239 @@
+"""What FedMD and DS-FL share: clients score a public pool, and learn from the fused scores.
+
+Which part of the pool belongs to a round follows from the seed, so only scores travel.
+Nothing grows over rounds: the part is drawn afresh, and the server keeps one consensus.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedkd.clients.client import Client, Predictor, Update, personal
+from fedkd.clients.local import Batch, Term
+from fedkd.clients.terms import Supervised
+from fedkd.clients.training import Training
+from fedkd.data.federated import Split
+from fedkd.distill.fusion_rules import Fusion, fusions, label_shares
+from fedkd.errors import ConfigError, RunError
+from fedkd.models.base import BlockNet
+from fedkd.models.book import to_arrays
+from fedkd.options import Count, NotNegative, Positive, options
+from fedkd.rng import Rng, stream
+from fedkd.strategies.averaging import loss_metrics
+from fedkd.strategies.base import Setting, Strategy
+from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
+
+CONSENSUS = "consensus/scores"
+CONSENSUS_ROUND = "consensus/round"
+COUNTS = "counts/labels"
+CHUNK = 4096
+
+
+@options
+class PublicExchange(Strategy):
+    """Digest the consensus on a part of the pool, train on private data, score the next part.
+
+    In round t a client receives the consensus on part t (nothing in round 1), trains on it for
+    ``digest_epochs``, then on its own data, then scores part t + 1 and uploads the scores. The
+    server fuses what it gets; the consensus is of those who took part in round t - 1. Whoever is
+    there in round t receives it, and where nobody scored part t nobody digests.
+    """
+
+    mixed = True
+
+    kind: ClassVar[str] = "logits"
+    """What clients upload: ``logits``, or ``soft_labels``."""
+
+    subset: Annotated[
+        NotNegative, Field(description="examples of the pool scored a round, at most; 0: all")
+    ] = 0
+    fusion: Annotated[
+        str, Field(description="how clients' scores are fused, see fedkd list fusions")
+    ] = "mean-logits"
+    digest_epochs: Annotated[
+        NotNegative, Field(description="epochs on the consensus a round; 0: clients learn alone")
+    ] = 1
+    digest_batch_size: Annotated[
+        Count | None, Field(description="examples a step there; none: as on private data")
+    ] = None
+    digest_lr: Annotated[
+        Positive | None, Field(description="learning rate there; none: as on private data")
+    ] = None
+
+    @abstractmethod
+    def answers(self, logits: Tensor) -> Tensor:
+        """Return what a client uploads of its logits (n, C)."""
+
+    @abstractmethod
+    def consensus(self, scores: Tensor, rule: Fusion, shares: Tensor | None) -> Tensor:
+        """Return the consensus (n, C) on the uploaded scores (K, n, C)."""
+
+    @abstractmethod
+    def probs(self, consensus: Tensor) -> Tensor:
+        """Return the consensus as probabilities (n, C), for what is logged."""
+
+    @abstractmethod
+    def lesson(self, consensus: Tensor) -> Term:
+        """Return the loss by which a network digests the consensus (n, C)."""
+
+    def down(self) -> str:
+        """Return the key under which the consensus travels."""
+        return f"{self.kind}/consensus"
+
+    def wanted(self, round_: int, rounds: int) -> bool:
+        """Return whether the scores uploaded in a round will be of use to anybody."""
+        return self.digest_epochs > 0 and round_ < rounds
+
+    def needs_public(self) -> bool:
+        return True
+
+    def problems(self, setting: Setting) -> list[str]:
+        found = super().problems(setting)
+        try:
+            fusions.get(self.fusion)
+        except ConfigError as error:
+            found.append(f"strategy.fusion: {error}")
+        return found
+
+    def init(self, setting: Setting, rng: Rng) -> Arrays:
+        return {}
+
+    def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        scored = CONSENSUS_ROUND in state and int(state[CONSENSUS_ROUND][0]) == round_
+        return {self.down(): state[CONSENSUS]} if scored and self.digest_epochs else {}
+
+    def judging(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        return {}
+
+    def local_update(self, client: Client, received: Arrays) -> Update:
+        kept = select(client.state, "model")
+        model = client.model(kept)
+        metrics = {} if kept else self.prepare(client, model)
+        metrics |= self.digest(client, model, received)
+        metrics |= loss_metrics(client.fit(model, [Supervised()]).losses)
+        client.state.update(prefixed("model", to_arrays(model)))
+        return Update(self.score(client, model), personal(model), metrics)
+
+    def prepare(self, client: Client, model: BlockNet) -> Metrics:
+        """Do what a client does once, before anything else; nothing unless a method says so."""
+        return {}
+
+    def digest(self, client: Client, model: BlockNet, received: Arrays) -> Metrics:
+        """Train ``model`` in place on the consensus that was received; return its mean loss.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        if self.down() not in received:
+            return {}
+        consensus = torch.tensor(received[self.down()], device=client.device)
+        data = part(_pool(client.public), self.subset, client.seed, client.round)
+        training = self.digesting(client.training)
+        try:
+            result = client.fit(model, [self.lesson(consensus)], "digest", training, data)
+        except RunError:
+            raise RunError(
+                "training on the public consensus diverged; lower strategy.digest_lr (now "
+                f"{training.lr:.4g})"
+            ) from None
+        return {"loss/digest": sum(result.losses.values())}
+
+    def digesting(self, training: Training) -> Training:
+        """Return how the consensus is digested: as private data, where no option says otherwise."""
+        return replace(
+            training,
+            epochs=self.digest_epochs,
+            steps=0,
+            batch_size=self.digest_batch_size or training.batch_size,
+            lr=self.digest_lr or training.lr,
+        )
+
+    def score(self, client: Client, model: BlockNet) -> Arrays:
+        """Return the scores of the part that belongs to the next round.
+
+        A client without training examples has nothing to say and uploads nothing.
+        """
+        if not client.info.examples or not self.wanted(client.round, client.rounds):
+            return {}
+        data = part(_pool(client.public), self.subset, client.seed, client.round + 1)
+        model.eval()
+        with torch.inference_mode():
+            logits = torch.cat([model(x) for x in data.x.split(CHUNK)])
+            arrays = {f"{self.kind}/scores": self.answers(logits).cpu().numpy()}
+        if self.fusion == "class-counts":
+            counts = torch.bincount(client.data.train.y, minlength=client.task.classes)
+            arrays[COUNTS] = counts.cpu().numpy().astype(np.int32)
+        return arrays
+
+    def aggregate(
+        self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
+    ) -> tuple[Arrays, Metrics]:
+        said = [u.arrays for u in uploads if f"{self.kind}/scores" in u.arrays]
+        if not said:
+            return state, {}
+        scores = torch.from_numpy(np.stack([arrays[f"{self.kind}/scores"] for arrays in said]))
+        shares = None
+        if self.fusion == "class-counts":
+            shares = label_shares(torch.from_numpy(np.stack([a[COUNTS] for a in said])).float())
+        consensus = self.consensus(scores, fusions.get(self.fusion)(), shares)
+        labels = part(_pool(setting.public), self.subset, setting.seed, round_ + 1).y.cpu()
+        kept = {
+            CONSENSUS: consensus.numpy(),
+            CONSENSUS_ROUND: np.array([round_ + 1], dtype=np.int64),
+        }
+        return {**state, **kept}, _described(self.probs(consensus), labels)
+
+    def predictor(self, client: Client, received: Arrays) -> Predictor:
+        return personal(client.model(select(client.state, "model")))
+
+
+class MatchScores(Term):
+    """Distance of the network's logits to given scores (n, C): mean over the classes.
+
+    ``mean_c |f_c(x_i) - s_ic|``, or the mean of squares; no softmax. Scores are constants.
+    Source: Li and Wang, 2019 (formula not in the paper; mean absolute error in the authors' code).
+    """
+
+    name = "digest"
+
+    def __init__(self, scores: Tensor, squared: bool = False, weight: float = 1.0) -> None:
+        self.scores, self.squared, self.weight = scores, squared, weight
+
+    def __call__(self, batch: Batch) -> Tensor:
+        gap = batch.logits - self.scores[batch.index]
+        return (gap.square() if self.squared else gap.abs()).mean(1)
+
+
+def part(pool: Split, size: int, seed: int, round_: int) -> Split:
+    """Return the part of the pool that belongs to a round: ``size`` examples of it (0: all).
+
+    It is drawn without replacement, afresh in each round, and is the same on every side.
+    """
+    if not 0 < size < len(pool):
+        return pool
+    order = stream(seed, "public", "part", round_).numpy().permutation(len(pool))
+    chosen = torch.from_numpy(np.sort(order[:size])).to(pool.y.device)
+    return Split(pool.x.index_select(0, chosen), pool.y.index_select(0, chosen))
+
+
+def _pool(public: Split | None) -> Split:
+    if public is None:
+        raise RunError("there is no public pool; set data.public.size")
+    return public
+
+
+def _described(probs: Tensor, labels: Tensor) -> Metrics:
+    """Return the mean entropy of the consensus in nats, and its accuracy where labels are known."""
+    entropy = torch.special.entr(probs).sum(1).mean()
+    found = {"consensus/entropy": float(entropy)}
+    if (labels >= 0).all():
+        found["consensus/accuracy"] = float((probs.argmax(1) == labels).float().mean())
+    return found
