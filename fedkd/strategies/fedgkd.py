@@ -1,0 +1,83 @@
+"""FedGKD: federated averaging whose clients learn from the mean of the last global models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedkd.clients.client import Client
+from fedkd.clients.heads import soften
+from fedkd.clients.local import Term
+from fedkd.clients.teacher_terms import LogitMatch, teacher_logits
+from fedkd.clients.terms import Distil, Supervised
+from fedkd.distill.objectives.kl import KullbackLeibler
+from fedkd.distill.targets import SampleTargets
+from fedkd.models.base import BlockNet
+from fedkd.options import Count, NonNegative, Positive, options
+from fedkd.strategies.averaging import LAST_ROUND, ModelAveraging, average
+from fedkd.strategies.base import Setting, strategies
+from fedkd.types import Arrays, ClientInfo, Metrics, Upload, kind_of, prefixed, select
+
+
+@strategies.register("fedgkd")
+@options
+class FedGKD(ModelAveraging):
+    """FedAvg with distillation from the mean of the last global models.
+
+    ``CE(z, y) + a T^2 KL(softmax(z_t / T) || softmax(z / T))``, or ``a/C ||z - z_t||^2``, with z_t
+    the logits of the network whose weights are the mean of the last M aggregated models, constant
+    in a round. Limits: a = 0 is FedAvg bit for bit; M = 1 teaches what the client received anyway.
+    Source: Yao et al., FedGKD: Towards Heterogeneous Federated Learning via Global Knowledge
+    Distillation, IEEE Transactions on Computers 2023; there a is gamma / 2.
+    """
+
+    source = "Yao et al., IEEE Transactions on Computers 2023 (arXiv:2107.00051)"
+
+    coefficient: Annotated[
+        NonNegative, Field(description="a, weight of distillation; 0 is FedAvg")
+    ] = 0.1
+    models: Annotated[
+        Count, Field(description="M, how many of the last global models the teacher is the mean of")
+    ] = 5
+    objective: Annotated[
+        Literal["kl", "mse"], Field(description="divergence of predictions, or distance of logits")
+    ] = "kl"
+    temperature: Annotated[Positive, Field(description="T of student and teacher under kl")] = 1.0
+
+    def terms(self, client: Client, model: BlockNet, received: Arrays) -> list[Term]:
+        terms: list[Term] = [Supervised()]
+        # Before the first aggregation there is nothing to learn from but initial weights.
+        if not self.coefficient or client.round == 1 or len(client.data.train) == 0:
+            return terms
+        weights = select(received, "teacher")
+        logits = teacher_logits(client.model(weights) if weights else model, client.data.train)
+        if self.objective == "mse":
+            return [*terms, LogitMatch(logits, self.coefficient)]
+        targets = SampleTargets(soften(logits, self.temperature))
+        return [*terms, Distil(KullbackLeibler(), targets, self.temperature, self.coefficient)]
+
+    def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        teacher = prefixed("teacher", select(state, "teacher"))
+        return {**super().broadcast(state, client, round_, setting), **teacher}
+
+    def judging(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
+        return super().broadcast(state, client, round_, setting)
+
+    def aggregate(
+        self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
+    ) -> tuple[Arrays, Metrics]:
+        """Average the uploads; the model they replace joins the last M - 1, the oldest leaves."""
+        past = [select(state, f"past/{age}") for age in range(1, self.models)]
+        if state[LAST_ROUND].any():  # else the model replaced is the initial one, which nobody made
+            past.insert(0, select(state, "model"))
+        state, metrics = super().aggregate(state, uploads, round_, setting)
+        kept = [weights for weights in past if weights][: self.models - 1]
+        if not self.coefficient or not kept:
+            return state, metrics
+        state = {k: v for k, v in state.items() if kind_of(k) not in ("past", "teacher")}
+        teacher = average([select(state, "model"), *kept], [1.0] * (len(kept) + 1))
+        for age, weights in enumerate(kept, start=1):
+            state |= prefixed(f"past/{age}", weights)
+        return {**state, **prefixed("teacher", teacher)}, metrics
