@@ -1,8 +1,8 @@
 """The FedD2S study on Fashion-MNIST: every method tuned with the same budget, then three seeds.
 
-    python experiments/fedd2s/study.py tune   # six trials a method, on a seed of its own
-    python experiments/fedd2s/study.py main   # all variants, settings and seeds
-    python experiments/fedd2s/study.py table  # the results from what is on disk
+    python -m experiments.fedd2s.study tune   # six trials a method, on a seed of its own
+    python -m experiments.fedd2s.study main   # all variants, settings and seeds
+    python -m experiments.fedd2s.study table  # the results from what is on disk
 
 ``--profile cnn`` and ``--profile dropping`` take the last two steps for two more questions.
 
@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from experiments import harness
+from experiments.harness import Job, place
 
 HERE = Path(__file__).parent
 BASE: dict[str, Any] = {
@@ -136,73 +137,14 @@ def variants(profile: str, setting: str = "alpha 0.1") -> dict[str, tuple[str, d
     return {label: VARIANTS[label] for label in (CONFIRMED if profile == "cnn" else DROPPING)}
 
 
-def one(job: tuple[str, dict[str, Any], str]) -> str:
-    """Run one experiment in its folder (or find it finished) and say what came out."""
-    name, changes, folder = job
-    import torch
-
-    from fedkd.config import experiment, override
-    from fedkd.engine.simulation import run
-
-    torch.set_num_threads(1)
-    table = json.loads(json.dumps(BASE))
-    for key, value in changes.items():
-        override(table, key, value)
-    summary = run(experiment(table), Path(folder), resume=True)
-    last = summary["readouts"]["composite"][summary["headline"]["predict"]]["mean_last_k"]
-    return f"{name}: {last['user_accuracy']:.4f}"
-
-
-def everything(jobs: list[tuple[str, dict[str, Any], str]], workers: int) -> None:
-    """Run all jobs on worker processes, reporting each as it ends."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for done, text in enumerate(pool.map(one, jobs), start=1):
-            print(f"[{done}/{len(jobs)}] {text}", flush=True)
-
-
-def trials(method: str) -> list[dict[str, Any]]:
-    """Return the six trials of a method: three learning rates, two values of its own option."""
-    fixed, grid = METHODS[method]
-    (key, values), *_ = grid.items()
-    return [
-        {**fixed, "clients.training.lr": lr, key: value}
-        for lr, value in itertools.product(LRS, values)
-    ]
-
-
 def tune(runs: Path, workers: int) -> None:
     """Run all trials and write the best of each method, by validation accuracy, to a file."""
-    jobs, folders = [], {}
-    for method in METHODS:
-        for i, trial in enumerate(trials(method)):
-            folder = runs / "mlp" / "tune" / method.replace(" ", "-") / str(i)
-            extra = {"seed": TUNING_SEED, "rounds": TUNING_ROUNDS, "evaluate.every": 2}
-            options = {**MLP, **trial, **extra}
-            jobs.append((f"{method} {i}", options, str(folder)))
-            folders[method, i] = folder
-    everything(jobs, workers)
-    best = {}
-    for method in METHODS:
-        scores = [validation(folders[method, i]) for i in range(len(trials(method)))]
-        chosen = max(range(len(scores)), key=scores.__getitem__)
-        best[method] = {"options": trials(method)[chosen], "validation": scores}
-    text = json.dumps(best, indent=2)
-    (HERE / "tuned.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
-
-
-def validation(folder: Path) -> float:
-    """Return the mean validation accuracy over clients, mean of the last three evaluations."""
-    import numpy as np
-
-    from fedkd.engine.folder import read_records
-    from fedkd.metrics.log import Log
-
-    log = Log(20)
-    log.add(read_records(folder / "metrics.jsonl"))
-    table = log.table("accuracy", "validation", "composite", "personal")
-    return float(np.mean([np.nanmean(row) for row in table[-3:]]))
+    methods = {
+        method: harness.trials({**MLP, **fixed}, {"clients.training.lr": LRS, **grid})
+        for method, (fixed, grid) in METHODS.items()
+    }
+    extra = {"seed": TUNING_SEED, "rounds": TUNING_ROUNDS, "evaluate.every": 2}
+    harness.tune(methods, BASE, extra, runs / "mlp", HERE / "tuned.json", workers)
 
 
 def study(profile: str, runs: Path, workers: int) -> None:
@@ -214,15 +156,8 @@ def study(profile: str, runs: Path, workers: int) -> None:
             chosen = tuned[method]["options"]
             options = {**PROFILES[profile], **chosen, **changes, **own, "seed": seed}
             folder = place(runs / profile, setting, label, seed)
-            jobs.append((f"{setting} / {label} / {seed}", options, str(folder)))
-    everything(jobs, workers)
-
-
-def place(runs: Path, setting: str, label: str, seed: int) -> Path:
-    """Return the folder of one run."""
-    from fedkd.engine.study import slug
-
-    return runs / slug(setting) / slug(label) / f"seed-{seed}"
+            jobs.append(Job(f"{setting} / {label} / {seed}", BASE, options, folder))
+    harness.run_all(jobs, workers)
 
 
 def main() -> None:
@@ -238,7 +173,7 @@ def main() -> None:
     elif given.step == "main":
         study(given.profile, given.runs, given.workers)
     else:
-        from table import write  # beside this file
+        from experiments.fedd2s.table import write
 
         write(given.profile, given.runs, HERE)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from study import SEEDS, place, settings, variants
-
+from experiments.fedd2s.study import SEEDS, settings, variants
+from experiments.harness import load as load_seeds
+from experiments.harness import percent, values
 from fedkd.metrics.intervals import mean_t, paired_t
 from fedkd.types import Estimate
 
@@ -69,7 +69,7 @@ def overview(data: dict[str, Any]) -> str:
                 name = label if predict == "personal" else f"{label} [{predict}]"
                 gain = made["over_local_only"]
                 shown = f" ({100 * gain['value']:+.1f})" if gain else ""
-                rows.setdefault(name, {})[setting] = percent(made["user_accuracy"], True) + shown
+                rows.setdefault(name, {})[setting] = shown_value(made["user_accuracy"]) + shown
     head = "| method | " + " | ".join(data) + " |\n" + "|---" * (len(data) + 1) + "|\n"
     body = "".join(
         f"| {name} | " + " | ".join(cells.get(s, "-") for s in data) + " |\n"
@@ -96,7 +96,7 @@ def contrasts(profile: str, runs: Path) -> str:
             second = values(rows.get(b, {}), by_b, "user_accuracy", "composite", "mean_last_k")
             both = sorted(set(first) & set(second))
             gain = paired_t([first[k] for k in both], [second[k] for k in both]) if both else None
-            cells.append(percent(vars(gain), True) if gain else "-")
+            cells.append(percent(gain) if gain else "-")
         if any(cell != "-" for cell in cells):
             body += f"| {a} [{by_a}] - {b} [{by_b}] | " + " | ".join(cells) + " |\n"
     head = "| difference | " + " | ".join(every) + " |\n" + "|---" * (len(every) + 1) + "|\n"
@@ -106,30 +106,12 @@ def contrasts(profile: str, runs: Path) -> str:
 
 def load(runs: Path, setting: str, label: str) -> dict[int, dict[str, Any]]:
     """Return the summaries of a variant's finished seeds."""
-    found = {}
-    for seed in SEEDS:
-        file = place(runs, setting, label, seed) / "summary.json"
-        if file.exists():
-            found[seed] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    return load_seeds(runs, setting, label, SEEDS)
 
 
 def has(found: dict[int, dict[str, Any]], predict: str) -> bool:
     """Return whether a variant was judged by this predictor."""
     return all(predict in s["readouts"]["composite"] for s in found.values())
-
-
-def values(
-    found: dict[int, dict[str, Any]], predict: str, key: str, readout: str, rule: str
-) -> dict[int, float]:
-    """Return one value a seed, where the read-out has it."""
-    out = {}
-    for seed, summary in found.items():
-        entry = summary["readouts"].get(readout, {}).get(predict)
-        value = entry[rule].get(key) if entry and rule in entry else None
-        if value is not None:
-            out[seed] = value
-    return out
 
 
 def record(label: str, rows: dict[str, Any], predict: str) -> dict[str, Any]:
@@ -175,15 +157,11 @@ def line(label: str, rows: dict[str, Any], predict: str) -> str:
         return ""
     made = record(label, rows, predict)
     name = label if predict == "personal" else f"{label} [{predict}]"
-    cells = [percent(made[k], k in ("user_accuracy", "own", "over_local_only")) for k in made]
+    cells = [shown_value(made[k], k in ("user_accuracy", "own", "over_local_only")) for k in made]
     cells[-2:] = [f"{made[k]['value']:.2f}" for k in ("mb_up", "mb_down")]
     return f"| {name} | " + " | ".join(cells) + " |\n"
 
 
-def percent(made: dict[str, Any] | None, interval: bool) -> str:
-    """Return an estimate in per cent, with half its interval's width where asked."""
-    if made is None:
-        return "-"
-    half = (made["high"] - made["low"]) / 2
-    shown = f"{100 * made['value']:.1f}"
-    return f"{shown} ± {100 * half:.1f}" if interval and not math.isnan(half) else shown
+def shown_value(made: dict[str, Any] | None, interval: bool = True) -> str:
+    """Return an estimate that was written as a table in per cent."""
+    return percent(Estimate(**made) if made else None, interval)
