@@ -33,7 +33,7 @@ DECAY = {"clients.training.weight_decay": [0.0, 1e-3]}
 SERVER_LR = {"strategy.server_lr": [1e-3, 3e-4]}
 
 BASE: dict[str, Any] = {
-    "rounds": 30,
+    "rounds": 20,
     "model": {"name": "mlp", "hidden": [128, 64]},
     "data": {
         # 600 of them are the public pool, which is taken from every method alike.
@@ -42,10 +42,10 @@ BASE: dict[str, Any] = {
         "public": {"size": 600},
     },
     "clients": {"count": 20, "training": {"batch_size": 32}},
-    "evaluate": {"every": 3, "last_k": 3},
+    "evaluate": {"every": 4, "last_k": 3},
     "engine": {"executor": "serial", "checkpoint_every": 1000},
 }
-ONE_SHOT = {"rounds": 1, "clients.training.epochs": 30}
+ONE_SHOT = {"rounds": 1, "clients.training.epochs": 20}
 """One round with as many local epochs as the others have rounds: equal local work."""
 
 # label -> (fixed options, the two values of the method's own option that are tried at each lr).

@@ -15,8 +15,8 @@ from fedkd.metrics.intervals import mean_t, paired_t
 from fedkd.types import Estimate
 
 TITLES = {
-    "family": "20 clients, 30 rounds, perceptron 128-64",
-    "one-shot": "One round, 5 clients, 30 local epochs",
+    "family": "20 clients, 20 rounds, perceptron 128-64",
+    "one-shot": "One round, 5 clients, 20 local epochs",
     "mixed": "Clients of three architectures (two perceptrons, a small CNN)",
 }
 COLUMNS = (
