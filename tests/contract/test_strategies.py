@@ -20,6 +20,14 @@ from fedkd.errors import ConfigError, RunError
 from fedkd.strategies.base import strategies
 
 QUICK = {"server_epochs": 1, "head_hidden": 8}
+BRIEF = {
+    "synthesis_epochs": 2,
+    "generator_steps": 2,
+    "server_steps": 4,
+    "generator_width": 2,
+    "noise": 8,
+    "generator_batch_size": 16,
+}
 VARIANTS = {
     "fedd2s": {
         "averaging": {"reading": "averaging", "drop_every": 2, "drops": 2, "handover": "local"},
@@ -58,6 +66,14 @@ VARIANTS = {
             "hidden_weight": 0,
         },
     },
+    "dense": {
+        "statistics": {
+            **BRIEF,
+            "statistics_weight": 1.0,
+            "bank_size": 1,
+            "student_start": "fresh",
+        }
+    },
     "fedgen": {
         "head": {"share": "head", "beta": 1.0, "fidelity": "teachers", "generator_steps": 2}
     },
@@ -73,6 +89,16 @@ VARIANTS = {
     },
 }
 """Options beside the defaults under which a strategy has other code to run."""
+
+SMALL = {
+    "dense": BRIEF,
+    "co-boosting": BRIEF,
+    "fedftg": {"server_steps": 10, "generator_width": 2},
+    "dfrd": {"server_steps": 10, "generator_width": 2},
+    "feddf": {"server_steps": 10},
+    "fedgen": {"generator_steps": 10},
+}
+"""The default case with less work on the server, which changes no code path."""
 
 KINDS = {
     "counts",
@@ -90,7 +116,7 @@ KINDS = {
 }
 """Every kind of knowledge that travels; a new one is a new release and has to be named here."""
 
-CASES = [pytest.param(name, id=name) for name in strategies.names()]
+CASES = [pytest.param({"name": n, **SMALL.get(n, {})}, id=n) for n in strategies.names()]
 CASES += [
     pytest.param({"name": name, **options}, id=f"{name}-{label}")
     for name, variants in VARIANTS.items()
