@@ -43,7 +43,7 @@ fusions: Registry[type[Fusion]] = Registry("fusion rule", "fedkd.distill.fusion_
 class MeanLogits(Fusion):
     """Mean of the logits, then softmax: ``softmax(mean_k z_k / T)``, a product of experts.
 
-    One confident teacher can outvote many. Source: Lin et al., FedDF, NeurIPS 2020, eq. 3.
+    One confident teacher can outvote many. Source: Lin et al., FedDF, NeurIPS 2020, algorithm 1.
     """
 
     def __call__(
@@ -53,7 +53,7 @@ class MeanLogits(Fusion):
         shares: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        return functional.softmax(logits.mean(0) / temperature, dim=1)
+        return functional.softmax(mean_over(logits) / temperature, dim=1)
 
 
 @fusions.register("mean-probs")
@@ -71,7 +71,7 @@ class MeanProbabilities(Fusion):
         shares: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        return _softened(logits, temperature).mean(0)
+        return mean_over(_softened(logits, temperature))
 
 
 @fusions.register("class-counts")
@@ -94,7 +94,7 @@ class ClassCounts(Fusion):
     ) -> Tensor:
         probs = _softened(logits, temperature)
         if shares is None:
-            return probs.mean(0)
+            return mean_over(probs)
         if labels is not None:
             return (probs * shares[:, labels, None]).sum(0)
         return _normalised((probs * shares[:, None, :]).sum(0))
@@ -176,6 +176,11 @@ def label_shares(counts: Tensor) -> Tensor:
     total = counts.sum(0)
     uniform = torch.full_like(counts, 1 / len(counts))
     return torch.where(total > 0, counts / total.clamp_min(1e-12), uniform)
+
+
+def mean_over(values: Tensor) -> Tensor:
+    """Return the mean over teachers, in double precision: equal teachers give exactly that one."""
+    return values.double().mean(0).to(values.dtype)
 
 
 def _softened(logits: Tensor, temperature: float) -> Tensor:

@@ -231,6 +231,12 @@ def _notes(study: StudyResult, runs: dict[str, list[RunView]]) -> list[str]:
             f"Difference: percentage points above {REFERENCE} on the same data, paired by "
             f"{'seed' if several else 'client'}; an interval without 0 is hardly chance."
         )
+    if len({r.data for r in finished}) > 1:
+        notes.append(
+            "Not all rows have the same [data] (a public pool is taken out of the training data, "
+            "for instance): accuracies of rows that differ in it cannot be compared. Set the same "
+            "data.public for all."
+        )
     lacking = [name for name in BASELINES if name not in strategies]
     if lacking:
         added = " ".join(f"compare.{name}.strategy={name}" for name in lacking)

@@ -23,7 +23,7 @@ ODS_TEMPERATURE = 4.0
 @strategies.register("co-boosting")
 @options
 class CoBoosting(Dense):
-    """DENSE with hard samples, diversified inputs and an ensemble that is re-weighted.
+    """DENSE with hard, diversified samples and a re-weighted ensemble (a reconstruction).
 
     (a) The generator's fidelity is weighted by ``(1 - p_y)^hard``. Before students learn in epoch
     e, (b) the bank is moved to ``x + eta R sign(grad_x u^T softmax(D(x) / 4))``, R the range of
@@ -35,6 +35,7 @@ class CoBoosting(Dense):
     """
 
     source = "Dai et al., ICLR 2024, and its released code"
+    evidence = "reconstruction"
 
     hard: Annotated[
         NonNegative, Field(description="power of 1 - p_y in the fidelity; 0 weighs all alike")

@@ -40,7 +40,7 @@ Statistics = Mapping[str, tuple[Tensor, Tensor]]
 @strategies.register("dense")
 @options
 class Dense(DataFree):
-    """Data-free one-shot federation: generated batches carry the ensemble into one model.
+    """Data-free one-shot federation on generated batches (a reconstruction).
 
     Each of ``synthesis_epochs`` trains a fresh generator and its noise for ``generator_steps`` on
     ``a CE(D(x), y) - b 1[s != t] KL(D || f_S) + c statistics`` (D: the ensemble, f_S: the student,
@@ -53,6 +53,7 @@ class Dense(DataFree):
     """
 
     source = "Zhang et al., NeurIPS 2022, and its released code"
+    evidence = "reconstruction"
 
     temperature: Annotated[Positive, Field(description="T of student and teachers")] = 4.0
     server_steps: Annotated[

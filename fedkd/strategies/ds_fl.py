@@ -30,7 +30,7 @@ from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
 @strategies.register("ds-fl")
 @options
 class DsFl(PublicExchange):
-    """Clients and a global network learn the sharpened mean of everybody's public soft labels.
+    """Clients and server learn sharpened soft labels of a public pool (a reconstruction).
 
     ``q_i = softmax((1/K) sum_k p_k(x_i) / T)`` with T below 1 (entropy reduction aggregation), then
     ``min_w -mean_i sum_c q_ic log p_c(w; x_i)``. Limits: ``digest_epochs = 0`` leaves clients
@@ -66,6 +66,9 @@ class DsFl(PublicExchange):
         Count, Field(description="examples a step of the global network")
     ] = 32
     server_lr: Annotated[Positive, Field(description="learning rate of the global network")] = 0.05
+
+    def needs_public(self) -> bool:
+        return self.server_epochs > 0 or super().needs_public()
 
     def wanted(self, round_: int, rounds: int) -> bool:
         # The global network still learns from what is said in the last round.

@@ -12,6 +12,7 @@ from fedkd.clients.heads import infer, soften
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Distil, Supervised
 from fedkd.distill.objectives.base import objectives
+from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet
 from fedkd.options import NonNegative, Positive, options
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
@@ -59,8 +60,12 @@ class FederatedDistillation(ModelAveraging):
         return LayerSchedule.always(blocks if self.share_weights else [])
 
     def problems(self, setting: Setting) -> list[str]:
-        objectives.get(self.objective)
-        return super().problems(setting)
+        found = super().problems(setting)
+        try:
+            objectives.get(self.objective)
+        except ConfigError as error:
+            found.append(f"strategy.objective: {error}")
+        return found
 
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         weights = self.judging(state, client, round_, setting)

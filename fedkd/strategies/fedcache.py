@@ -45,7 +45,7 @@ class SomeSamples:
 @strategies.register("fedcache")
 @options
 class FedCache(Strategy):
-    """Federated distillation from a cache of logits, by the nearest hashes of the same class.
+    """Distillation from the logits of nearest hashes of the same class (a reconstruction).
 
     Local loss ``CE(f(x_i), y_i) + beta T^2 KL(softmax(zbar_i/T) || softmax(f(x_i)/T))`` with
     ``zbar_i = 1/|N_i| sum_{j in N_i} z_j`` over the R nearest examples of the same class that other

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from fedkd.clients.local import Term
 from fedkd.clients.synthesis import (
     Answers,
     Diversity,
@@ -34,7 +35,7 @@ class FedDF(DataFree):
     ``x_0 = sum_k p_k w_k``, then ``x <- x - eta grad KL(softmax(mean_k f(w_k, d)) || softmax(f(x,
     d)))`` on unlabelled inputs d. With clients of several architectures there is one student for
     each, all taught by the ensemble of everybody. Limits: ``server_steps = 0`` is FedAvg bit for
-    bit; one client teaches the average what it already is.
+    bit; one client teaches the average what it already is (sgd stays, adam drifts by rounding).
     Source: Lin et al., Ensemble Distillation for Robust Model Fusion in Federated Learning, NeurIPS
     2020, algorithms 1 and 3; the generator, which the paper takes as given, is trained here.
     """
@@ -54,6 +55,15 @@ class FedDF(DataFree):
     diversity_weight: Annotated[
         NonNegative, Field(description="weight of the generator's diversity term")
     ] = 1.0
+
+    def problems(self, setting: Setting) -> list[str]:
+        found = super().problems(setting)
+        if self.inputs == "generator" and not (self.fidelity_weight or self.diversity_weight):
+            found.append(
+                "the generator has nothing to learn: strategy.fidelity_weight and diversity_weight "
+                "are both 0; set one of them above 0, or strategy.inputs = 'public'"
+            )
+        return found
 
     def needs_public(self) -> bool:
         return self.server_steps > 0 and self.inputs == "public"
@@ -109,12 +119,15 @@ class FedDF(DataFree):
         weights = self.label_weights(uploads, setting)
         count = self.generator_steps * self.generator_batch_size
         codes = codes_for(count, self.noise, weights, rng.child("codes"))
-        terms = [Fidelity(Answers(ensemble), self.fidelity_weight)]
-        more = [Diversity(codes, self.diversity_weight)] if self.diversity_weight else []
+        terms: list[Term] = []
+        if self.fidelity_weight:
+            terms.append(Fidelity(Answers(ensemble), self.fidelity_weight))
+        if self.diversity_weight:
+            terms.append(Diversity(codes, self.diversity_weight))
         result = train_generator(
             generator,
             codes,
-            [*terms, *more],
+            terms,
             self.generator_training(self.generator_steps),
             rng.child("train"),
         )

@@ -24,7 +24,7 @@ from fedkd.types import Arrays, ClientInfo, Metrics, Upload, kind_of, prefixed, 
 @strategies.register("fedgkd")
 @options
 class FedGKD(ModelAveraging):
-    """FedAvg with distillation from the mean of the last global models.
+    """FedAvg with distillation from the mean of the last global models (a reconstruction).
 
     ``CE(z, y) + a T^2 KL(softmax(z_t / T) || softmax(z / T))``, or ``a/C ||z - z_t||^2``, with z_t
     the logits of the network whose weights are the mean of the last M aggregated models, constant
@@ -34,6 +34,7 @@ class FedGKD(ModelAveraging):
     """
 
     source = "Yao et al., IEEE Transactions on Computers 2023 (arXiv:2107.00051)"
+    evidence = "reconstruction"
 
     coefficient: Annotated[
         NonNegative, Field(description="a, weight of distillation; 0 is FedAvg")

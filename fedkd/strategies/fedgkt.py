@@ -43,7 +43,7 @@ class Pool(nn.Module):
 @strategies.register("fedgkt")
 @options
 class FedGkt(Strategy):
-    """Group knowledge transfer: small extractors on the clients, the deep rest on the server.
+    """Group knowledge transfer through a split network (a reconstruction).
 
     With h = e_k(x) the raw output of block ``cut``, g_k the client's head, s the server's part:
 
@@ -58,6 +58,7 @@ class FedGkt(Strategy):
     """
 
     source = "He et al., NeurIPS 2020, Algorithm 1, and the official code"
+    evidence = "reconstruction"
     mixed = True
 
     cut: Annotated[
@@ -153,7 +154,8 @@ class FedGkt(Strategy):
             terms=[Supervised(self.server_alpha)] if self.server_alpha else [],
         )
         state = {**state, **prefixed("model", to_arrays(server))}
-        for k, features in hidden.items():
+        # Answers that nobody is sent are not worth keeping.
+        for k, features in hidden.items() if self.alpha else ():
             state[f"logits/{k}"] = _outputs(server, features)
         return state, {f"server_loss/{name}": loss for name, loss in result.losses.items()}
 

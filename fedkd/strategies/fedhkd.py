@@ -14,6 +14,7 @@ from fedkd.clients.heads import infer, soften
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Supervised
 from fedkd.distill.objectives.base import objectives
+from fedkd.errors import ConfigError
 from fedkd.models.base import HEAD, BlockNet
 from fedkd.options import NonNegative, Positive, options
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
@@ -55,8 +56,12 @@ class FedHKD(ModelAveraging):
     ] = "examples"
 
     def problems(self, setting: Setting) -> list[str]:
-        objectives.get(self.objective)
-        return super().problems(setting)
+        found = super().problems(setting)
+        try:
+            objectives.get(self.objective)
+        except ConfigError as error:
+            found.append(f"strategy.objective: {error}")
+        return found
 
     def fields(self) -> tuple[str, ...]:
         """Return what travels by class: features, and soft predictions where ``lam`` is not 0."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedkd.clients.client import Client
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Distil, Supervised
-from fedkd.distill.fusion_rules import Fusion
+from fedkd.distill.fusion_rules import Fusion, fusions, mean_over
 from fedkd.distill.objectives.base import objectives
 from fedkd.distill.targets import SampleTargets
 from fedkd.errors import ConfigError
@@ -51,10 +51,13 @@ class FedMD(PublicExchange):
         NotNegative, Field(description="epochs on the labels of the pool, before all else")
     ] = 0
 
+    def needs_public(self) -> bool:
+        return self.pretrain_epochs > 0 or super().needs_public()
+
     def problems(self, setting: Setting) -> list[str]:
         found = super().problems(setting)
         if self.digest_loss in DISTANCES:
-            if self.fusion != "mean-logits":
+            if self.fusion != "mean-logits" and self.fusion in fusions.names():
                 found.append(
                     f"strategy.digest_loss = {self.digest_loss!r} compares logits, but fusion = "
                     f"{self.fusion!r} gives probabilities; use fusion = 'mean-logits', or "
@@ -79,7 +82,7 @@ class FedMD(PublicExchange):
     def consensus(self, scores: Tensor, rule: Fusion, shares: Tensor | None) -> Tensor:
         # Distances are between logits as they are: any softmax would lose their scale.
         if self.digest_loss in DISTANCES:
-            return scores.mean(0)
+            return mean_over(scores)
         return rule(scores, self.temperature, shares)
 
     def down(self) -> str:

@@ -20,7 +20,7 @@ from fedkd.types import Arrays
 @strategies.register("fedntd")
 @options
 class FedNTD(ModelAveraging):
-    """FedAvg with not-true distillation from the global model that the client received.
+    """FedAvg with not-true distillation from the received model (a reconstruction).
 
     ``CE(z, y) + beta tau^2 KL(softmax(z_g^{-y} / tau) || softmax(z^{-y} / tau))``, z^{-y} being
     logits without the true class's, z_g those of the received model, a constant for the round.
@@ -30,6 +30,7 @@ class FedNTD(ModelAveraging):
     """
 
     source = "Lee et al., NeurIPS 2022 (arXiv:2106.03097)"
+    evidence = "reconstruction"
 
     beta: Annotated[
         NonNegative, Field(description="weight of not-true distillation; 0 is FedAvg")

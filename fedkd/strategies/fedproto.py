@@ -123,10 +123,13 @@ class FedProto(Strategy):
         return self._judged(client, client.model(select(client.state, "model")), received)
 
     def _judged(self, client: Client, model: BlockNet, received: Arrays) -> Predictor:
-        """Return both predictors; the network alone as long as there is no prototype."""
+        """Return both predictors; as long as there is no prototype the network answers for both."""
         taught = select(received, KIND)
         if not taught:
-            return personal(model)
+            alone = personal(model)
+            # Who is compared by prototypes has to be judged before there is one, too.
+            named = ("personal",) if self.predict == "personal" else ("personal", "prototype")
+            return lambda x: dict.fromkeys(named, alone(x)["personal"])
         block = self.block or model.block_names[-1]
         known = targets(taught, "features", client.task.classes, client.device)
         model.eval()

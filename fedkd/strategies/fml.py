@@ -19,7 +19,7 @@ from fedkd.types import Arrays, ClientInfo, prefixed, select
 @strategies.register("fml")
 @options
 class FML(ModelAveraging):
-    """Federated mutual learning: a personal network and an averaged meme that teach each other.
+    """Federated mutual learning: a personal and an averaged network (a reconstruction).
 
     ``L_personal = alpha CE(p, y) + (1 - alpha) KL(m || p)`` and ``L_meme = beta CE(m, y) +
     (1 - beta) KL(p || m)``, p and m the predictions of the two, each constant in the other's loss;
@@ -30,6 +30,7 @@ class FML(ModelAveraging):
     """
 
     source = "Shen et al., arXiv:2006.16765"
+    evidence = "reconstruction"
     mixed = True
 
     alpha: Annotated[

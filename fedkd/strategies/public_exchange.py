@@ -93,7 +93,7 @@ class PublicExchange(Strategy):
         return self.digest_epochs > 0 and round_ < rounds
 
     def needs_public(self) -> bool:
-        return True
+        return self.digest_epochs > 0
 
     def problems(self, setting: Setting) -> list[str]:
         found = super().problems(setting)

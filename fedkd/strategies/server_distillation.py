@@ -17,6 +17,7 @@ from fedkd.clients.training import Training
 from fedkd.clients.transfer import Ensemble
 from fedkd.distill.fusion_rules import fusions, label_shares
 from fedkd.distill.objectives.base import Objective, objectives
+from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
 from fedkd.options import Count, NotNegative, Positive, options
@@ -52,10 +53,13 @@ class ServerDistillation(GroupedAveraging):
     server_lr: Annotated[Positive, Field(description="learning rate of the student")] = 1e-3
 
     def problems(self, setting: Setting) -> list[str]:
-        # Unknown names are refused here, before the first round.
-        fusions.get(self.fusion)
-        objectives.get(self.objective)
-        return super().problems(setting)
+        found = super().problems(setting)
+        for option, known in (("fusion", fusions), ("objective", objectives)):
+            try:
+                known.get(getattr(self, option))
+            except ConfigError as error:
+                found.append(f"strategy.{option}: {error}")
+        return found
 
     def criterion(self) -> Objective:
         """Return the distillation objective."""

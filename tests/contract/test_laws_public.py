@@ -142,7 +142,7 @@ def test_the_pool_is_neither_kept_nor_grown(name, tiny, play):
         ({"name": "ds-fl"}, {"data.public.size": 0}, "'ds-fl' needs a public pool"),
         ({"name": "fedmd", "fusion": "median"}, {}, "'mae' compares logits.*digest_loss = 'kl'"),
         ({"name": "fedmd", "digest_loss": "ma"}, {}, "strategy.digest_loss: .*mae or mse"),
-        ({"name": "fedmd", "fusion": "mean"}, {}, "strategy.fusion: unknown fusion rule 'mean'"),
+        ({"name": "fedmd", "fusion": "mean"}, {}, r"^strategy.fusion: unknown [^\n]*$"),
         ({"name": "ds-fl", "fusion": "medium"}, {}, "did you mean 'median'"),
         ({"name": "ds-fl", "objective": "k"}, {}, "strategy.objective: unknown objective 'k'"),
         ({"name": "ds-fl", "era_temperature": 0}, {}, "era_temperature = 0"),

@@ -132,6 +132,8 @@ def test_fedgkt_without_distillation_trains_the_edge_alone(participation, tiny, 
     assert composite(run, "client_head") == composite(busy, "client_head")
     assert bits(run)["server"] != bits(busy)["server"]
     assert clients(bits, run) != clients(bits, taught)
+    assert select(taught.state, "logits")
+    assert not select(run.state, "logits"), "answers that nobody is sent are not kept"
     for k in range(4):
         took_part = [
             r for r in range(1, participation["rounds"] + 1) if k in run.strategy.cohort(r)

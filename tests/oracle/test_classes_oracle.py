@@ -186,6 +186,14 @@ def test_before_any_prototype_fedproto_has_its_network_alone(tiny, play):
     assert set(predicted) == {"personal", "prototype"}
 
 
+def test_fedproto_is_judged_by_prototypes_although_there_never_was_one(tiny, play):
+    nobody = {"clients.participation": {"scheme": "poisson", "ratio": 1e-9}, "rounds": 1}
+    run = play(tiny({"name": "fedproto", "predict": "prototype"}, nobody))
+    tables = [run.log.table("loss", "test", "composite", p) for p in ("personal", "prototype")]
+    assert np.isfinite(tables[1]).all()
+    assert np.array_equal(*tables)
+
+
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_fedhkds_hyper_knowledge(weighting, tiny, play):
     temperature = 0.5
