@@ -31,6 +31,7 @@ LR = "clients.training.lr"
 LRS = (0.07, 0.2)
 DECAY = {"clients.training.weight_decay": [0.0, 1e-3]}
 SERVER_LR = {"strategy.server_lr": [1e-3, 3e-4]}
+LOW_LR = {"strategy.server_lr": [3e-4, 1e-4]}
 
 BASE: dict[str, Any] = {
     "rounds": 20,
@@ -77,13 +78,17 @@ METHODS: dict[str, tuple[Changes, dict[str, list[Any]]]] = {
     "feddf": ({"strategy": "feddf"}, SERVER_LR),
     "feddf, generated": ({"strategy": {"name": "feddf", "inputs": "generator"}}, SERVER_LR),
     "fedgen": ({"strategy": "fedgen"}, {"strategy.alpha": [1.0, 10.0]}),
-    "fedftg": ({"strategy": "fedftg"}, SERVER_LR),
-    "dfrd": ({"strategy": "dfrd"}, SERVER_LR),
+    "fedftg": ({"strategy": "fedftg"}, LOW_LR),
+    "dfrd": ({"strategy": "dfrd"}, LOW_LR),
     "fedavg, one shot": ({"strategy": "fedavg", **ONE_SHOT}, DECAY),
     "dense, one shot": ({"strategy": "dense", **ONE_SHOT}, SERVER_LR),
     "co-boosting, one shot": ({"strategy": "co-boosting", **ONE_SHOT}, SERVER_LR),
 }
-BASELINES = ("local-only", "fedavg", "fedavg + fine-tuning")
+# With the options that their parent was tuned to: how much does the fusion rule matter?
+FUSED: dict[str, tuple[str, Changes]] = {
+    f"{label}, class-counts": (method, {"strategy.fusion": "class-counts"})
+    for label, method in (("feddf", "feddf"), ("dense, one shot", "dense, one shot"))
+}
 
 # Five clients and one round, as in the published comparison; options as tuned for twenty clients.
 FEW: Changes = {"clients.count": 5, **ONE_SHOT}
@@ -93,6 +98,7 @@ ONE_SHOT_METHODS: dict[str, tuple[str, Changes]] = {
     "fedavg + fine-tuning": ("fedavg + fine-tuning", FEW),
     "feddf": ("feddf", {**FEW, "strategy.server_steps": 400}),
     "dense": ("dense, one shot", FEW),
+    "dense, class-counts": ("dense, one shot", {**FEW, "strategy.fusion": "class-counts"}),
     "co-boosting": ("co-boosting, one shot", FEW),
 }
 MIXED: Changes = {
@@ -126,7 +132,8 @@ def variants(profile: str) -> Mapping[str, tuple[str, Changes]]:
     if profile == "one-shot":
         return ONE_SHOT_METHODS
     labels = MIXED_METHODS if profile == "mixed" else tuple(METHODS)
-    return {label: (label, {}) for label in labels}
+    same: dict[str, tuple[str, Changes]] = {label: (label, {}) for label in labels}
+    return same if profile == "mixed" else {**same, **FUSED}
 
 
 def tune(runs: Path, workers: int) -> None:

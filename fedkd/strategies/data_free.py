@@ -47,7 +47,7 @@ class DataFree(ServerDistillation):
 
     def sends_counts(self) -> bool:
         """Return whether clients upload how many examples of each class they hold."""
-        return True
+        return self.server_steps > 0
 
     def local_update(self, client: Client, received: Arrays) -> Update:
         update = super().local_update(client, received)

@@ -94,7 +94,7 @@ class Dense(DataFree):
     def local_update(self, client: Client, received: Arrays) -> Update:
         update = super().local_update(client, received)
         # A client without examples has no statistics; zeros would pull the generator to them.
-        if not self.statistics_weight or not len(client.data.train):
+        if not (self.statistics_weight and self.server_steps and len(client.data.train)):
             return update
         model = client.model(select(update.arrays, "model"))
         found = feature_statistics(model, client.data.train.x, self.blocks(model))

@@ -92,6 +92,11 @@ class FedDF(DataFree):
             x, labels, kept, metrics = self._generated(state, ensemble, uploads, round_, setting)
         # One pass of the teachers over the inputs serves every step and every student.
         probs = ensemble.targets(x, self.temperature, labels)
+        known = setting.public.y if labels is None and setting.public is not None else None
+        if known is not None and bool((known >= 0).all()):
+            # For the reader only: a student can hardly be better than what it is taught.
+            hits = (probs.argmax(1) == known.to(probs.device)).float()
+            metrics["server/ensemble_accuracy"] = float(hits.mean())
         for label, student in students.items():
             result = transfer(
                 student,

@@ -48,6 +48,7 @@ def test_without_steps_of_the_student_it_is_fedavg(strategy, cohort, tiny, play,
     fedavg = play(tiny("fedavg", cohort))
     assert bits(run) == bits(fedavg)
     assert judged(run) == judged(fedavg)
+    assert run.ledger.by_round() == fedavg.ledger.by_round()
 
 
 @cohorts

@@ -75,6 +75,15 @@ def test_one_step_is_the_published_gradient(tiny, play):
         assert not np.allclose(value, parameter.detach().numpy(), atol=2e-6), key
 
 
+def test_the_ensembles_accuracy_is_told_where_labels_are_known(tiny, play):
+    run = play(tiny({"name": "feddf", "server_steps": 1}, {**FULL, **POOL}))
+    told = [r.value for r in run.log.records if r.metric == "server/ensemble_accuracy"]
+    assert len(told) == 3
+    assert told[-1] > told[0] > 0
+    run = play(tiny(GENERATED, {"rounds": 1, **POOL}))
+    assert not [r for r in run.log.records if r.metric == "server/ensemble_accuracy"]
+
+
 def test_knowledge_crosses_between_architectures(tiny, play):
     """Both students come nearer to what everybody says on the pool; weights never cross."""
     changes = {**MIXED, **POOL, "rounds": 1}

@@ -74,6 +74,7 @@ VARIANTS = {
             "student_start": "fresh",
         }
     },
+    "dfrd": {"no-copy": {"ema_share": 0.0, "server_steps": 10, "generator_width": 2}},
     "fedgen": {
         "head": {"share": "head", "beta": 1.0, "fidelity": "teachers", "generator_steps": 2}
     },
