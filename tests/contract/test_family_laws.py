@@ -39,6 +39,42 @@ IN_ORDER = {
 """Why other numbers for the same clients change more than rounding."""
 
 
+NO_STEPS = {"server_steps": 0}
+OFF = {
+    "centralized": {},
+    "co-boosting": NO_STEPS,
+    "dense": NO_STEPS,
+    "dfrd": NO_STEPS,
+    "ds-fl": {"digest_epochs": 0, "server_epochs": 0},
+    "fd": {},
+    "fedavg": {},
+    "fedavg-ft": {},
+    "fedcache": {},
+    "fedd2s": {"kd_weight": 0},
+    "feddf": NO_STEPS,
+    "fedftg": NO_STEPS,
+    "fedgen": {"alpha": 0, "beta": 0},
+    "fedgkd": {"coefficient": 0},
+    "fedhkd": {"lam": 0, "gamma": 0},
+    "fedkd-wu2022": {"kd_weight": 0, "hidden_weight": 0},
+    "fedmd": {"digest_epochs": 0},
+    "fedntd": {"beta": 0},
+    "fedper": {},
+    "fedprox": {"mu": 0},
+    "fedproto": {"lam": 0},
+    "fml": {"alpha": 1},
+    "lg-fedavg": {},
+    "local-only": {},
+}
+"""With which options one client that always takes part trains as if all data were in one place; fd
+and fedcache need none, since nobody else is there to learn from."""
+
+NEVER_CENTRALIZED = {
+    "ditto": "the personal network draws batches of its own, so that the global one is FedAvg's",
+    "fedgkt": "the network is split: the server trains the deep part on its own schedule",
+}
+
+
 def small(name):
     """Return the strategy with fewer server-side steps."""
     known = strategies.get(name).__dataclass_fields__
@@ -130,6 +166,23 @@ def test_exempt_strategies_exist_and_really_differ(tiny, play, tmp_path, monkeyp
                 one_group(folder)
             runs.append(play(tiny(small(name), with_pool(name, folder, changes))))
         assert not np.allclose(judged(runs[0], 0), judged(runs[1], 0), rtol=1e-6), name
+
+
+@pytest.mark.parametrize("name", [n for n in strategies.names() if n not in NEVER_CENTRALIZED])
+def test_one_client_is_centralized_training_once_the_method_is_off(name, tiny, play):
+    one = {"clients.count": 1, "data.partition": "iid"}
+    run, central = (
+        play(tiny(s, one)) for s in ({"name": name, **OFF[name]}, {"name": "centralized"})
+    )
+    for metric in ("accuracy", "loss"):
+        tables = [r.log.table(metric, "test", "own", "personal") for r in (run, central)]
+        assert np.isfinite(tables[0]).all()
+        assert tables[0].tobytes() == tables[1].tobytes()
+
+
+def test_every_strategy_has_its_place_in_the_law_of_one_client():
+    assert OFF.keys() | NEVER_CENTRALIZED.keys() >= set(strategies.names())
+    assert not OFF.keys() & NEVER_CENTRALIZED.keys()
 
 
 @pytest.mark.parametrize("name", [n for n in strategies.names() if n not in IN_ORDER])
