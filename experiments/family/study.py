@@ -3,6 +3,7 @@
     python -m experiments.family.study           # tune, run, write the tables: everything
     python -m experiments.family.study tune      # four trials a method, on a seed of its own
     python -m experiments.family.study main      # all methods, settings and seeds
+    python -m experiments.family.study time      # seconds a round, one run after the other
     python -m experiments.family.study table     # the tables from what is on disk
     python -m experiments.family.study quick     # digits, a few rounds: what the tests freeze
 
@@ -162,6 +163,20 @@ def jobs(profile: str, runs: Path) -> list[Job]:
     return found
 
 
+def timed_jobs(runs: Path) -> list[Job]:
+    """Return a few rounds of every method of the main setting, to be run one after the other."""
+    setting = "alpha 0.1"
+    found = []
+    for job in jobs("family", runs):
+        _, here, label, seed = job.name.split(" / ")
+        if here == setting and seed == "0":
+            few = {} if "one shot" in label else {"rounds": 5}
+            changes = {**job.changes, **few, "evaluate.every": 100}
+            folder = place(runs / "time", setting, label, 0)
+            found.append(Job(f"time / {label}", BASE, changes, folder))
+    return found
+
+
 QUICK: dict[str, Any] = {
     "rounds": 3,
     "model": {"name": "mlp", "hidden": [32, 16]},
@@ -208,7 +223,7 @@ def main() -> None:
     from experiments.family.table import write
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    steps = ["all", "tune", "main", "table", "quick"]
+    steps = ["all", "tune", "main", "time", "table", "quick"]
     parser.add_argument("step", choices=steps, nargs="?", default="all")
     parser.add_argument("--profile", choices=list(PROFILES))
     parser.add_argument("--runs", type=Path, default=Path("runs/family-study"))
@@ -220,9 +235,11 @@ def main() -> None:
     if given.step in ("all", "main"):
         for profile in profiles:
             harness.run_all(jobs(profile, given.runs), given.workers)
+    if given.step in ("all", "time"):
+        harness.run_all(timed_jobs(given.runs), 1)
     if given.step == "quick":
         harness.run_all(quick_jobs(given.runs), given.workers)
-    if given.step in ("all", "main", "table"):
+    if given.step in ("all", "main", "time", "table"):
         write(profiles, given.runs, HERE)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from experiments.family.study import HERE, PROFILES, SEEDS, variants
-from experiments.harness import Found, load, percent, values
+from experiments.harness import Found, load, percent, place, values
+from fedkd.engine.folder import read_records
 from fedkd.metrics.intervals import mean_t, paired_t
+from fedkd.metrics.log import Log
 from fedkd.types import Estimate
 
 TITLES = {
@@ -67,9 +69,9 @@ def preamble() -> str:
         "the 95 % t interval; differences are paired by seed. *User accuracy* is the unweighted "
         "mean over clients on their own test data, composite read-out, mean of the last three "
         "evaluations; *global* is the balanced test set, last round. Bytes are tensors of "
-        "training, all participants together; seconds are of one process on one core with another "
-        "beside it, good for ratios only. The pool itself and one-time hash codes of `fedcache` "
-        "are spread over the rounds as the meter counted them.\n"
+        "training, all participants together, a mean over the rounds; the pool is not counted. "
+        "Seconds (main setting only) are the median round of five, without judging, one run after "
+        "the other on one core: compare them with each other, not with other machines.\n"
     )
 
 
@@ -80,6 +82,10 @@ def table(profile: str, setting: str, runs: Path, data: dict[str, Any]) -> str:
     if not rows:
         return ""
     made = {label: record(label, rows) for label in rows}
+    for label, entry in made.items():
+        timed = seconds(place(runs / "time", setting, label, 0))
+        if profile == "family" and timed is not None:
+            entry["seconds"] = timed
     data.setdefault(profile, {})[setting] = {
         label: {k: vars(v) if isinstance(v, Estimate) else v for k, v in entry.items()}
         for label, entry in made.items()
@@ -115,7 +121,6 @@ def record(label: str, rows: dict[str, Found]) -> dict[str, Any]:
     def per_round(key: str) -> float:
         return float(np.mean([s["bytes"].get(key, 0.0) / s["rounds"] for s in found.values()]))
 
-    seconds = [s["seconds"]["train"] / s["rounds"] for s in found.values()]
     return {
         "user": spread(each("user_accuracy")),
         "over_local": over("local-only"),
@@ -125,8 +130,19 @@ def record(label: str, rows: dict[str, Found]) -> dict[str, Any]:
         "own": spread(each("user_accuracy", "own")),
         "bytes_up": per_round("bytes_up"),
         "bytes_down": per_round("bytes_down"),
-        "seconds": float(np.median(seconds)),
+        "seconds": None,
     }
+
+
+def seconds(folder: Path) -> float | None:
+    """Return the median seconds of a round's training and aggregation, the first left out."""
+    file = folder / "metrics.jsonl"
+    if not (folder / "summary.json").exists():
+        return None
+    log = Log(1)
+    log.add([r for r in read_records(file) if r.metric == "seconds"])
+    each = list(log.series("seconds", "train").values())
+    return float(np.median(each[1:] or each))
 
 
 def line(label: str, made: dict[str, Any]) -> str:
@@ -140,7 +156,7 @@ def line(label: str, made: dict[str, Any]) -> str:
         percent(made["own"]),
         f"{made['bytes_up'] / 1e6:.3f}",
         f"{made['bytes_down'] / 1e6:.3f}",
-        f"{made['seconds']:.2f}",
+        "-" if made["seconds"] is None else f"{made['seconds']:.2f}",
     ]
     return f"| {label} | " + " | ".join(cells) + " |\n"
 
