@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedkd.clients.dp_sgd import DpSgd
 from fedkd.clients.local import FitResult, Term, fit
 from fedkd.clients.training import Training
 from fedkd.data.federated import ClientData, Split
@@ -27,6 +29,11 @@ class Client:
     ``state`` is the client's memory: arrays that it keeps between rounds and never sends by itself.
     It is saved with every checkpoint. ``round`` counts from 1; it is 0 before the first.
     ``public`` is the public pool that the server and every client hold, where there is one.
+
+    Under a privacy plan ``dp`` makes :meth:`fit` on own data private, ``release`` noises knowledge
+    beside weights, and ``spent`` lists what own data paid in this round, as (noise multiplier,
+    sampling rate, steps). ``temperatures`` (n,) of own training examples and
+    ``public_temperatures`` (Q,) of the pool belong to ``swing``.
     """
 
     info: ClientInfo
@@ -39,6 +46,12 @@ class Client:
     rounds: int
     device: torch.device | str = "cpu"
     public: Split | None = None
+    dp: DpSgd | None = None
+    release: Any = None
+    spent: list[tuple[float, float, int]] = field(default_factory=list)
+    temperatures: Tensor | None = None
+    public_temperatures: Tensor | None = None
+    swing: Any = None
 
     @property
     def task(self) -> Task:
@@ -63,12 +76,18 @@ class Client:
     ) -> FitResult:
         """Train ``model`` in place through the one loop, on its training data or ``data``.
 
-        Calls with another ``purpose`` draw other batches and leave the first ones as they are.
+        Calls with another ``purpose`` draw other batches and leave the first ones as they are. On
+        its own training data it goes by ``dp``, where there is one, and notes what that cost; other
+        ``data`` must be public.
         """
         training = training or self.training
         lr = training.lr_at(self.round, self.rounds)
-        data = self.data.train if data is None else data
-        return fit(model, data, terms, training, lr, self.rng(purpose))
+        chosen = self.data.train if data is None else data
+        dp = self.dp if chosen.x is self.data.train.x else None
+        result = fit(model, chosen, terms, training, lr, self.rng(purpose), dp)
+        if result.private is not None:
+            self.spent.append(result.private)
+        return result
 
     def epochs(self, epochs: int) -> Training:
         """Return this client's training options with another number of local epochs."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from fedkd.options import Count, NonNegative, Positive, options
+from fedkd.errors import unknown
+from fedkd.models.base import BlockNet, block_of
+from fedkd.options import Count, Names, NonNegative, Positive, options
 
 
 @options
@@ -37,6 +40,9 @@ class Training:
     max_grad_norm: Annotated[
         NonNegative, Field(description="clip the joint gradient norm of a step; 0 does not clip")
     ] = 0.0
+    frozen: Annotated[
+        Names, Field(description="blocks (or head) that stay at the weights they start from")
+    ] = ()
 
     def lr_at(self, round_: int, rounds: int) -> float:
         """Return the learning rate of a round.
@@ -59,3 +65,23 @@ class Training:
         return torch.optim.SGD(
             parameters, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
+
+
+@contextmanager
+def frozen(model: BlockNet, blocks: Collection[str]) -> Iterator[None]:
+    """Hold the parameters of ``blocks`` of ``model`` where they are, for a while.
+
+    Raises:
+        ConfigError: the network has no such block.
+    """
+    for block in blocks:
+        if block not in model.names:
+            raise unknown("block", block, model.names, "clients.training.frozen")
+    held = [p for n, p in model.named_parameters() if block_of(n) in blocks and p.requires_grad]
+    try:
+        for p in held:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)

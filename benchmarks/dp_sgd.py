@@ -1,0 +1,104 @@
+"""Time of a DP-SGD step beside a plain one, as ratios from alternating runs.
+
+    python benchmarks/dp_sgd.py --passes 7 --steps 40 --out dp_sgd.json
+
+Random images of Fashion-MNIST's size, the one training loop, one thread; each pass runs every mode
+once, in turn, on the same data. Modes that need per-example gradients get Poisson batches of the
+same expected size, so their batches differ in size while the plain ones do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from fedkd.clients.dp_sgd import DpSgd
+from fedkd.clients.local import fit
+from fedkd.clients.terms import Supervised
+from fedkd.clients.training import Training
+from fedkd.data.federated import Split
+from fedkd.models.base import build
+from fedkd.rng import Rng
+from fedkd.types import Task
+
+TASK = Task(name="fashion-mnist", input_shape=(1, 28, 28), classes=10)
+MODES: dict[str, DpSgd | None] = {
+    "plain": None,
+    "hooks": DpSgd(1.0),
+    "functorch": DpSgd(1.0, mode="functorch"),
+    "ghost": DpSgd(1.0, mode="ghost"),
+}
+
+
+def data(n: int) -> Split:
+    """Return n random images with labels, in the format in which the engine holds them."""
+    x = torch.randn(n, *TASK.input_shape, generator=Rng(0, ("x",)).torch())
+    y = torch.randint(TASK.classes, (n,), generator=Rng(0, ("y",)).torch())
+    return Split(x.contiguous(memory_format=torch.channels_last), y)
+
+
+def seconds(model: str, dp: DpSgd | None, split: Split, training: Training) -> float:
+    """Return the seconds a step of one fit of a fresh network."""
+    net = build(model, {}, TASK, Rng(0))
+    start = time.perf_counter()
+    result = fit(net, split, [Supervised()], training, 0.01, Rng(0), dp)
+    return (time.perf_counter() - start) / result.steps
+
+
+def compare(model: str, passes: int, steps: int, batch: int) -> dict[str, object]:
+    """Time all modes in turn, pass by pass; return medians and the ratios to plain training."""
+    split, training = data(600), Training(steps=steps, batch_size=batch)
+    for dp in MODES.values():
+        seconds(model, dp, split, Training(steps=2, batch_size=batch))
+    taken: dict[str, list[float]] = {name: [] for name in MODES}
+    for i in range(passes):
+        for name, dp in MODES.items():
+            taken[name].append(seconds(model, dp, split, training))
+        print(
+            model, f"pass {i + 1}/{passes}", {n: f"{1e3 * s[-1]:.2f} ms" for n, s in taken.items()}
+        )
+    ratios = {}
+    for name in list(MODES)[1:]:
+        each = [a / b for a, b in zip(taken[name], taken["plain"], strict=True)]
+        ratios[f"{name} / plain"] = {
+            "median": statistics.median(each),
+            "low": min(each),
+            "high": max(each),
+            "n": len(each),
+        }
+    return {
+        "milliseconds_a_step": {n: 1e3 * statistics.median(s) for n, s in taken.items()},
+        "ratios": ratios,
+    }
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--passes", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, object] = {
+        "passes": given.passes,
+        "steps_a_pass": given.steps,
+        "expected_batch": given.batch,
+        "torch": torch.__version__,
+    }
+    for model in ("mlp", "cnn"):
+        result[model] = compare(model, given.passes, given.steps, given.batch)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
