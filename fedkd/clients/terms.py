@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkd.clients.local import Batch, Term
-from fedkd.distill.objectives.base import Objective
+from fedkd.distill.objectives.base import Objective, Temperature, squared
 from fedkd.distill.targets import Targets
 from fedkd.models.base import BlockNet
 
@@ -75,6 +75,8 @@ class Distil(Term):
     The student is the network's own output, or the given head on the features of ``block``. An
     example without a target (an absent class) contributes nothing: its loss is masked, and not
     that against a target of zeros. Targets are constants: no gradient reaches a teacher.
+    ``temperature`` is one number, or (n,) of one for each training example. Without ``rescale`` the
+    loss lacks the factor T^2: an example counts the less, the hotter it is taught.
     """
 
     name = "distil"
@@ -83,19 +85,24 @@ class Distil(Term):
         self,
         objective: Objective,
         targets: Targets,
-        temperature: float,
+        temperature: Temperature,
         weight: float,
         head: nn.Module | None = None,
         block: str = "",
+        rescale: bool = True,
     ) -> None:
         self.objective, self.targets = objective, targets
         self.temperature, self.weight = temperature, weight
-        self.head, self.block = head, block
+        self.head, self.block, self.rescale = head, block, rescale
 
     def __call__(self, batch: Batch) -> Tensor:
         probs, mask = self.targets(batch.y, batch.index)
         logits = batch.logits if self.head is None else self.head(batch.features[self.block])
-        loss = self.objective(logits, probs, self.temperature)
+        given = self.temperature
+        temperature = given[batch.index] if isinstance(given, Tensor) else given
+        loss = self.objective(logits, probs, temperature)
+        if not self.rescale:
+            loss = loss / squared(temperature, loss)
         return torch.where(mask, loss, torch.zeros_like(loss))
 
     def at(self) -> frozenset[str]:

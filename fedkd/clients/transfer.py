@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from fedkd.clients.terms import Distil
 from fedkd.clients.training import Training
 from fedkd.data.federated import Split
 from fedkd.distill.fusion_rules import Fusion
-from fedkd.distill.objectives.base import Objective
+from fedkd.distill.objectives.base import Objective, Temperature
 from fedkd.distill.targets import SampleTargets
 from fedkd.errors import RunError
 from fedkd.models.base import BlockNet
@@ -60,25 +61,47 @@ class Ensemble:
         """Return every teacher's logits, (K, B, C)."""
         return torch.stack([teacher(x) for teacher in self.teachers])
 
-    def fuse(self, logits: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
+    def fuse(
+        self, logits: Tensor, temperature: Temperature, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the fused probabilities (B, C) of teachers' logits (K, B, C)."""
         if self.weights is not None:
             logits = logits * self.weights[:, None, None]
-        return self.fusion(logits, temperature, self.shares, labels)
+        return fused(self.fusion, logits, temperature, self.shares, labels)
 
-    def probs(self, x: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
+    def probs(self, x: Tensor, temperature: Temperature, labels: Tensor | None = None) -> Tensor:
         """Return the fused probabilities (B, C) for inputs x, differentiable in x."""
         return self.fuse(self.logits(x), temperature, labels)
 
-    def targets(self, x: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
-        """Return soft targets (n, C) for many inputs, as constants, in chunks."""
+    def targets(self, x: Tensor, temperature: Temperature, labels: Tensor | None = None) -> Tensor:
+        """Return soft targets (n, C) for many inputs, as constants, in chunks.
+
+        ``temperature`` is one number, or (n,) of one for each input.
+        """
         parts = labels.split(CHUNK) if labels is not None else [None] * -(-len(x) // CHUNK)
+        by_part: Sequence[Temperature] = [temperature] * len(parts)
+        if isinstance(temperature, Tensor):
+            by_part = temperature.split(CHUNK)
         with torch.no_grad():
             found = [
-                self.probs(part, temperature, y)
-                for part, y in zip(x.split(CHUNK), parts, strict=True)
+                self.probs(part, t, y)
+                for part, t, y in zip(x.split(CHUNK), by_part, parts, strict=True)
             ]
         return torch.cat(found)
+
+
+def fused(
+    rule: Fusion,
+    logits: Tensor,
+    temperature: Temperature,
+    shares: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Return what ``rule`` makes of logits (K, B, C) at one temperature, or (B,) of one each."""
+    if isinstance(temperature, Tensor):
+        # Rules divide logits by T and by nothing else, so a column broadcasts as a number does.
+        temperature = cast(float, temperature.to(logits.dtype).unsqueeze(-1))
+    return rule(logits, temperature, shares, labels)
 
 
 def transfer(
@@ -87,24 +110,26 @@ def transfer(
     probs: Tensor,
     *,
     objective: Objective,
-    temperature: float,
+    temperature: Temperature,
     training: Training,
     rng: Rng,
     labels: Tensor | None = None,
     weights: Tensor | None = None,
     terms: Sequence[Term] = (),
     where: str = "strategy.server_lr",
+    rescale: bool = True,
 ) -> FitResult:
     """Teach ``student`` in place: ``mean_i w_i T^2 D(p_i || softmax(f(x_i) / T))`` plus ``terms``.
 
-    ``x`` (n, ...), ``probs`` (n, C) soft targets at ``temperature``, ``weights`` (n,) of examples
-    with mean 1 (none: 1 for all). ``labels`` (n,) are only for ``terms``.
+    ``x`` (n, ...), ``probs`` (n, C) soft targets at ``temperature``, one number or (n,) of one for
+    each example; ``weights`` (n,) of examples with mean 1 (none: 1 for all). Without ``rescale``
+    the factor T^2 is left out. ``labels`` (n,) are only for ``terms``.
 
     Raises:
         RunError: the loss is not finite; the message names the option ``where``.
     """
     y = labels if labels is not None else torch.zeros(len(x), dtype=torch.long, device=x.device)
-    distil: Term = Distil(objective, SampleTargets(probs), temperature, 1.0)
+    distil: Term = Distil(objective, SampleTargets(probs), temperature, 1.0, rescale=rescale)
     if weights is not None:
         distil = Weighted(distil, weights)
     try:

@@ -1,4 +1,8 @@
-"""Soft targets: what a student is taught, by class or by example, with absences masked."""
+"""Soft targets: what a student is taught, by class or by example, with absences masked.
+
+Also how they are made hotter or noisier item by item, on plain tensors: who asks for it, and why,
+is no business of distillation.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from fedkd.distill.objectives.base import divided
+from fedkd.distill.simplex import project
+from fedkd.rng import Rng
 
 
 class Targets(Protocol):
@@ -38,3 +47,58 @@ class SampleTargets:
 
     def __call__(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.probs[index], torch.ones_like(y, dtype=torch.bool)
+
+
+def softened(probs: Tensor, temperature: Tensor) -> Tensor:
+    """Return probabilities (..., C) at temperature 1 as they are at T, one for each row (...,).
+
+    ``softmax(log p / T)``; where T = 1 the row stays as it is, to the last bit.
+    """
+    flat = functional.softmax(divided(_log(probs), temperature), dim=-1)
+    return torch.where((temperature == 1).unsqueeze(-1), probs, flat)
+
+
+def bounded(logits: Tensor, clip: float) -> Tensor:
+    """Return ``clip(z - mean(z), -C, C)`` of logits (..., K), which bounds their sensitivity."""
+    return (logits - logits.mean(-1, keepdim=True)).clamp(-clip, clip)
+
+
+def disturbed(logits: Tensor, temperatures: Tensor, clip: float, noise: Tensor, rng: Rng) -> Tensor:
+    """Return ``softmax(bounded(z) / T) + N(0, sigma^2)``, (..., K): not yet distributions.
+
+    ``logits`` (..., K); ``temperatures`` and ``noise`` (...,): T and sigma of each row. Clipping
+    goes first, since sigma means something only in terms of what a target can be.
+    """
+    clean = functional.softmax(divided(bounded(logits, clip), temperatures), dim=-1)
+    drawn = torch.randn(clean.shape, generator=rng.torch(), dtype=clean.dtype).to(clean.device)
+    return clean + drawn * noise.to(clean).unsqueeze(-1)
+
+
+def noised(logits: Tensor, temperatures: Tensor, clip: float, noise: Tensor, rng: Rng) -> Tensor:
+    """Return soft targets (..., K) with noise: :func:`disturbed`, projected onto the simplex.
+
+    Rows whose ``noise`` is 0 are ``softmax(z / T)`` as it is, neither clipped nor projected.
+    """
+    plain = functional.softmax(divided(logits, temperatures), dim=-1)
+    if not bool((noise > 0).any()):
+        return plain
+    rough = project(disturbed(logits, temperatures, clip, noise, rng))
+    return torch.where((noise > 0).to(plain.device).unsqueeze(-1), rough, plain)
+
+
+def noised_probs(
+    probs: Tensor, temperatures: Tensor, clip: float, noise: Tensor, rng: Rng
+) -> Tensor:
+    """Return :func:`noised` of soft targets (..., K) that are probabilities at T, however fused.
+
+    Their logits are ``T log p``: clipped like any, so that every rule of fusion is bounded alike.
+    """
+    if not bool((noise > 0).any()):
+        return probs
+    logits = _log(probs) * temperatures.to(probs.dtype).unsqueeze(-1)
+    rough = project(disturbed(logits, temperatures, clip, noise, rng))
+    return torch.where((noise > 0).to(probs.device).unsqueeze(-1), rough, probs)
+
+
+def _log(probs: Tensor) -> Tensor:
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedkd.distill.objectives.base import Objective, objectives
+from fedkd.distill.objectives.base import (
+    Objective,
+    Temperature,
+    divided,
+    objectives,
+    squared,
+)
 from fedkd.options import options
 
 
@@ -22,9 +28,9 @@ class KullbackLeibler(Objective):
     tensor([0.])
     """
 
-    def __call__(self, logits: Tensor, probs: Tensor, temperature: float) -> Tensor:
+    def __call__(self, logits: Tensor, probs: Tensor, temperature: Temperature) -> Tensor:
         student, teacher = _logs(logits, probs, temperature)
-        return (probs * (teacher - student)).sum(1) * temperature**2
+        return (probs * (teacher - student)).sum(1) * squared(temperature, logits)
 
 
 @objectives.register("reverse-kl")
@@ -35,11 +41,11 @@ class ReverseKullbackLeibler(Objective):
     The reverse direction: the student settles on one of the teacher's modes.
     """
 
-    def __call__(self, logits: Tensor, probs: Tensor, temperature: float) -> Tensor:
+    def __call__(self, logits: Tensor, probs: Tensor, temperature: Temperature) -> Tensor:
         student, teacher = _logs(logits, probs, temperature)
-        return (student.exp() * (student - teacher)).sum(1) * temperature**2
+        return (student.exp() * (student - teacher)).sum(1) * squared(temperature, logits)
 
 
-def _logs(logits: Tensor, probs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    student = functional.log_softmax(logits / temperature, dim=1)
+def _logs(logits: Tensor, probs: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+    student = functional.log_softmax(divided(logits, temperature), dim=1)
     return student, probs.clamp_min(torch.finfo(probs.dtype).tiny).log()

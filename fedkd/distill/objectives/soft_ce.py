@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from fedkd.distill.objectives.base import Objective, objectives
+from fedkd.distill.objectives.base import (
+    Objective,
+    Temperature,
+    divided,
+    objectives,
+    squared,
+)
 from fedkd.options import options
 
 
@@ -17,6 +23,6 @@ class SoftCrossEntropy(Objective):
     Its gradient is that of forward KL; its value is larger by the teacher's entropy times T^2.
     """
 
-    def __call__(self, logits: Tensor, probs: Tensor, temperature: float) -> Tensor:
-        student = functional.log_softmax(logits / temperature, dim=1)
-        return -(probs * student).sum(1) * temperature**2
+    def __call__(self, logits: Tensor, probs: Tensor, temperature: Temperature) -> Tensor:
+        student = functional.log_softmax(divided(logits, temperature), dim=1)
+        return -(probs * student).sum(1) * squared(temperature, logits)
