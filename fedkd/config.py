@@ -23,8 +23,11 @@ from fedkd.clients.training import Training
 from fedkd.errors import ConfigError
 from fedkd.options import Count, Numbers, build, options
 from fedkd.presets import preset
+from fedkd.privacy.options import Privacy
 
 Table = dict[str, Any]
+PRESETS = ("clients", "privacy")
+"""Tables that a preset's name may stand for, as in ``privacy = "client-eps8"``."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Experiment:
         "fedd2s"
     )
     model: Annotated[Named, Field(description="the network, see fedkd list")] = Component("cnn")
-    privacy: Annotated[str, Field(description="privacy preset; 'none' claims nothing")] = "none"
+    privacy: Privacy = Privacy()
     data: Data = Data()
     clients: Clients = Clients()
     engine: Engine = Engine()
@@ -207,7 +210,7 @@ def experiment(
         ConfigError: an unknown key, a wrong type or an impossible value, named by its path.
     """
     full = _named(copy.deepcopy(dict(table)))
-    for kind in ("clients", "strategy"):
+    for kind in ("clients", "strategy", "privacy"):
         full = _with_preset(full, kind, workspace)
     return build(Experiment, full, where)
 
@@ -265,7 +268,7 @@ def override(table: Table, path: str, value: Any) -> None:
     for key in parents:
         inner = table.get(key, {})
         if isinstance(inner, str):
-            inner = {"preset" if key == "clients" else "name": inner}
+            inner = {"preset" if key in PRESETS else "name": inner}
         if not isinstance(inner, dict):
             raise ConfigError(f"cannot set {path!r}: {key!r} holds {inner!r}, which has no keys")
         table[key] = inner
@@ -297,7 +300,7 @@ def _named(table: Table) -> Table:
 
 def _with_preset(table: Table, kind: str, workspace: Path | None) -> Table:
     given = table.get(kind)
-    key = "preset" if kind == "clients" else "name"
+    key = "preset" if kind in PRESETS else "name"
     if isinstance(given, str):
         given = {key: given}
     if not isinstance(given, dict) or key not in given:

@@ -14,6 +14,8 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 Metrics = dict[str, float]
+FEDERATION = -1
+"""Id of the pseudo-client under which a noised mean over clients is handed to a strategy."""
 
 
 def kind_of(key: str) -> str:
@@ -66,11 +68,21 @@ class ClientInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """What one client released in one round, as the server sees it."""
+    """What one client released in one round, as the server sees it.
+
+    Under a privacy mechanism with a trusted server it is what ``members`` released together: a
+    noised mean, from a pseudo-client with the id :data:`FEDERATION`.
+    """
 
     client: ClientInfo
     arrays: Arrays
     metrics: Metrics = field(default_factory=dict)
+    members: tuple[int, ...] | None = None
+
+    @property
+    def clients(self) -> list[int]:
+        """The ids of the clients that this upload speaks for."""
+        return [self.client.id] if self.members is None else list(self.members)
 
 
 @dataclass(frozen=True)

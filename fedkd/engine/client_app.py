@@ -15,10 +15,13 @@ from fedkd.clients.client import Client, Predictor
 from fedkd.clients.judge import judge
 from fedkd.data.federated import ClientData, Split
 from fedkd.engine.codec import Cache, decode, encode
+from fedkd.engine.desk import Desk
 from fedkd.engine.setup import Prepared
 from fedkd.errors import RunError
 from fedkd.types import Arrays, Metrics
 
+SPENT = "privacy"
+"""The record of a reply that says what a client's data paid: (noise, rate, steps) in a row."""
 STATE = "fedkd"
 """The record of a node's Flower context that holds the client's memory."""
 OnFailure = Callable[[int, Client, Arrays, BaseException], None]
@@ -32,6 +35,7 @@ class ClientSide:
 
     def __init__(self, prepared: Prepared, on_failure: OnFailure | None = None) -> None:
         self.prepared, self.on_failure = prepared, on_failure
+        self.desk = Desk(prepared)
         self._lock = threading.Lock()
         self._exchange: tuple[int, str] = (0, "")
         self._decoded: Cache = {}
@@ -53,15 +57,18 @@ class ClientSide:
         """Do one client's local work of a round, keep its memory, judge it as ``own``."""
         config = message.content["config"]
         client = self.client(context, int(config["server-round"]))
+        self.desk.equip(client)
         received = decode(message.content["arrays"], self._cache(message))
         before = dict(client.state)
         try:
             update = self.prepared.strategy.local_update(client, received)
             check_finite(update.arrays)
+            arrays = self.desk.hand_out(client, received, update.arrays)
         except Exception as error:
             if self.on_failure is not None:
                 self.on_failure(client.round, _restored(client, before), received, error)
             raise
+        self.desk.book(client)
         context.state[STATE] = encode(client.state)
         metrics = {f"fit|{key}": float(value) for key, value in update.metrics.items()}
         if config["judge"]:
@@ -69,10 +76,13 @@ class ClientSide:
         metrics["num-examples"] = float(client.info.examples)
         content = RecordDict(
             {
-                "arrays": encode(update.arrays),
+                "arrays": encode(arrays),
                 "metrics": MetricRecord(dict(sorted(metrics.items()))),
             }
         )
+        if client.spent:
+            rows = [float(number) for event in client.spent for number in event]
+            content[SPENT] = MetricRecord({"events": rows})
         return Message(content, reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
@@ -171,6 +181,17 @@ def client_id(context: Context) -> int:
             '--node-config "partition-id=K num-partitions=N"'
         )
     return int(config["partition-id"])
+
+
+def spent_in(reply: Message) -> list[tuple[float, float, int]]:
+    """Return what a client says that it paid: (noise multiplier, sampling rate, steps)."""
+    if SPENT not in reply.content:
+        return []
+    rows = list(reply.content[SPENT]["events"])
+    return [
+        (float(z), float(q), int(steps))
+        for z, q, steps in zip(rows[::3], rows[1::3], rows[2::3], strict=True)
+    ]
 
 
 def check_finite(arrays: Arrays) -> None:

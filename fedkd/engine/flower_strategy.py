@@ -10,8 +10,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerBase
 
-from fedkd.engine.client_app import turn
+from fedkd.engine.client_app import spent_in, turn
 from fedkd.engine.codec import Cache, decode, encode
+from fedkd.engine.guard import Guard
 from fedkd.engine.setup import Prepared
 from fedkd.errors import RunError
 from fedkd.rng import stream
@@ -34,7 +35,7 @@ class FlowerStrategy(FlowerBase):
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
+        self.prepared, self.guard = prepared, Guard(prepared)
         self._nodes: dict[int, int] = {}
         self._state: Arrays = {}
 
@@ -100,7 +101,7 @@ class FlowerStrategy(FlowerBase):
             RunError: every participant failed.
         """
         client_of = {node: k for k, node in self._nodes.items()}
-        uploads, records, failures = {}, [], []
+        uploads, spent, records, failures = {}, {}, [], []
         for reply in replies:
             k = client_of[reply.metadata.src_node_id]
             if reply.has_error():
@@ -109,20 +110,26 @@ class FlowerStrategy(FlowerBase):
             arrays = decode(reply.content["arrays"])
             uploads[k] = Upload(client=self.prepared.setting.clients[k], arrays=arrays)
             records += unpack(round_, k, reply.content["metrics"])
+            spent[k] = spent_in(reply)
         if failures and not uploads:
             raise RunError(f"all participants of round {round_} failed; {failures[0]}")
-        if not uploads:
-            return Folded(state, records, failures)
-        ordered = [uploads[k] for k in sorted(uploads)]
-        state, metrics = self.prepared.strategy.aggregate(
-            state, ordered, round_, self.prepared.setting
-        )
-        records += [Record(round=round_, metric=m, value=float(v)) for m, v in metrics.items()]
-        return Folded(state, records, failures)
+        self.guard.charge(round_, spent)
+        ordered = self.guard.fold(round_, [uploads[k] for k in sorted(uploads)], state)
+        if ordered:
+            state, metrics = self.prepared.strategy.aggregate(
+                state, ordered, round_, self.prepared.setting
+            )
+            records += [Record(round=round_, metric=m, value=float(v)) for m, v in metrics.items()]
+        return Folded(state, records + self.guard.records(round_), failures)
 
-    def evaluate_messages(self, round_: int, state: Arrays, grid: Grid) -> list[Message]:
-        """Return one message for each client of the federation, if the round is judged."""
-        now, everywhere = self.judges(round_)
+    def evaluate_messages(
+        self, round_: int, state: Arrays, grid: Grid, last: bool = False
+    ) -> list[Message]:
+        """Return one message for each client of the federation, if the round is judged.
+
+        The ``last`` round is, and on everything.
+        """
+        now, everywhere = (True, True) if last else self.judges(round_)
         nodes, cache = self.nodes(grid), Cache()
         setting, strategy = self.prepared.setting, self.prepared.strategy
         messages = []
@@ -157,6 +164,9 @@ class FlowerStrategy(FlowerBase):
     ) -> Iterable[Message]:
         """Return this round's messages to participants."""
         self._state = decode(arrays)
+        reason = self.guard.exhausted(server_round, self.cohort(server_round), self._state)
+        if reason is not None:
+            raise RunError(f"stopped before the privacy budget is exceeded: {reason}")
         return self.train_messages(server_round, self._state, grid)
 
     def aggregate_train(

@@ -91,6 +91,10 @@ class RunFolder:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
+    def write_privacy(self, report: dict[str, Any]) -> None:
+        """Write the privacy ledger: what was claimed, spent, and not covered."""
+        write_text(self.path / "privacy.json", json.dumps(report, indent=2, sort_keys=True) + "\n")
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the result; its presence means that the run is finished."""
         write_text(self.path / "summary.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")

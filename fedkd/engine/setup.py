@@ -15,11 +15,14 @@ from fedkd.data.federated import Federation, Split
 from fedkd.data.partition import Partition, divide
 from fedkd.data.public import foreign_pool, take_public
 from fedkd.data.registries import partitions, sources
+from fedkd.engine.planning import plan_for
+from fedkd.engine.swinging import swing_plan, with_pool
 from fedkd.errors import ConfigError
 from fedkd.models.book import ModelBook
 from fedkd.models.registries import models
 from fedkd.options import build
-from fedkd.presets import preset
+from fedkd.privacy.plan import PrivacyPlan
+from fedkd.privacy.swing import SwingPlan
 from fedkd.registry import Registry
 from fedkd.rng import stream
 from fedkd.strategies.base import Setting, Strategy, strategies
@@ -35,6 +38,8 @@ class Prepared:
     setting: Setting
     strategy: Strategy
     device: torch.device
+    plan: PrivacyPlan
+    swing: SwingPlan | None = None
 
     @property
     def cohort_of(self) -> tuple[int, ...]:
@@ -171,7 +176,6 @@ def prepare(experiment: Experiment) -> Prepared:
     """
     experiment = resolve(experiment)
     strategy = make_strategy(experiment.strategy)
-    preset("privacy", experiment.privacy)
     device = pick_device(experiment.engine.device)
     federation, public = load_data(experiment)
     chosen = experiment.clients.models or (experiment.model,)
@@ -197,6 +201,8 @@ def prepare(experiment: Experiment) -> Prepared:
     setting = Setting(
         federation.task, book, clients, experiment.rounds, experiment.seed, public, device
     )
+    swing = swing_plan(experiment, strategy, setting)
+    setting = with_pool(setting, swing, strategy)
     problems = strategy.problems(setting)
     if strategy.needs_public() and public is None:
         problems = [
@@ -206,7 +212,8 @@ def prepare(experiment: Experiment) -> Prepared:
         ]
     if problems:
         raise ConfigError("\n".join(problems))
-    return Prepared(experiment, federation, setting, strategy, device)
+    plan = plan_for(experiment, strategy, setting)
+    return Prepared(experiment, federation, setting, strategy, device, plan, swing)
 
 
 def pick_device(name: str) -> torch.device:

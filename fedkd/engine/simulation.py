@@ -64,6 +64,7 @@ class Run:
         )
         self.checkpoint = Checkpoint(folder.path / "checkpoint", self.experiment.digest())
         self.state: Arrays = {}
+        self.stopped = ""
         self._changed: set[int] = set()
 
     def begin(self) -> int:
@@ -91,6 +92,7 @@ class Run:
         # Asked again here: the ledger has these messages already.
         self.strategy.nodes(self.grid)
         self.ledger.load_state_dict(loaded.extra["ledger"])
+        self.strategy.guard.load_state_dict(loaded.extra["privacy"])
         self.log.add(self.folder.rewind(int(loaded.extra["metrics_bytes"])))
         self.folder.event(f"resumed after round {loaded.round}")
         return loaded.round
@@ -119,6 +121,24 @@ class Run:
             self._save(round_)
         return failures
 
+    def exhausted(self, round_: int) -> bool:
+        """Return whether the privacy budget ends the run before this round.
+
+        What the last round left is then judged as a last round is.
+        """
+        strategy = self.strategy
+        reason = strategy.guard.exhausted(round_, strategy.cohort(round_), self.state)
+        if reason is None:
+            return False
+        self.stopped = f"stopped after round {round_ - 1}: {reason}"
+        self.folder.event(self.stopped)
+        known, everywhere = strategy.judges(round_ - 1)
+        if not everywhere:
+            messages = strategy.evaluate_messages(round_ - 1, self.state, self.grid, last=True)
+            judged = strategy.fold_evaluate(round_ - 1, self._exchange(messages)).records
+            self._write([r for r in judged if not known or r.split in ("global", "absent")])
+        return True
+
     def finish(self) -> dict[str, Any]:
         """Write and return the summary."""
         summary = {
@@ -129,9 +149,12 @@ class Run:
             "digest": self.experiment.digest(),
             "headline": self.headline(),
             **summarise(self.log, self.experiment.evaluate.last_k),
-            "privacy": "no privacy mechanism was used; nothing is claimed (epsilon: inf)",
+            "privacy": self.strategy.guard.sentence(),
             "provenance": provenance(),
         }
+        if self.stopped:
+            summary["stopped"] = self.stopped
+        self._write_privacy()
         self.folder.write_summary(summary)
         self.folder.event("finished")
         return summary
@@ -194,9 +217,20 @@ class Run:
         self.folder.append(records)
         self.log.add(records)
 
+    def _write_privacy(self) -> None:
+        guard = self.strategy.guard
+        if guard.plan.active:
+            self.folder.write_privacy(guard.ledger.report())
+
     def _save(self, round_: int) -> None:
         states = {k: self.client_state(k) for k in sorted(self._changed)}
-        extra = {"ledger": self.ledger.state_dict(), "metrics_bytes": self.folder.size()}
+        guard = self.strategy.guard
+        self._write_privacy()
+        extra = {
+            "ledger": self.ledger.state_dict(),
+            "privacy": guard.state_dict(),
+            "metrics_bytes": self.folder.size(),
+        }
         self.checkpoint.save(round_, self.state, {k: s for k, s in states.items() if s}, extra)
         self._changed.clear()
 
@@ -238,6 +272,8 @@ def run(
         if watcher is not None:
             watcher.started(experiment, done + 1)
         for round_ in range(done + 1, experiment.rounds + 1):
+            if current.exhausted(round_):
+                break
             failures = current.play(round_)
             if watcher is not None:
                 watcher.finished_round(round_, current.log, failures)

@@ -14,6 +14,7 @@ from fedkd.clients.terms import Supervised
 from fedkd.models.base import BlockNet, block_of
 from fedkd.models.book import to_arrays
 from fedkd.options import options
+from fedkd.privacy.payload import Payload, Weights
 from fedkd.rng import Rng
 from fedkd.strategies.base import Setting, Strategy
 from fedkd.strategies.schedule import LayerSchedule
@@ -99,8 +100,25 @@ class ModelAveraging(Strategy):
             [u.client.examples if self.weighting == "examples" else 1 for u in uploads],
         )
         last = state[LAST_ROUND].copy()
-        last[[u.client.id for u in uploads]] = round_
+        last[[k for u in uploads for k in u.clients]] = round_
         return {**state, **averaged, LAST_ROUND: last}, {}
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        """Return the blocks that are averaged, relative to what the client received."""
+        now = self.schedule(setting.book.blocks(client.model))(round_)
+        model = select(received, "model").items()
+        reference = {f"model/{key}": value for key, value in model if block_of(key) in now}
+        return (Weights(reference),) if reference else ()
+
+    def alone(self, setting: Setting) -> list[str]:
+        if self.weighting == "uniform":
+            return []
+        return [
+            "strategy.weighting = 'examples' weighs clients by their examples, so that one client "
+            "can move the average by more than its share; set strategy.weighting = 'uniform'"
+        ]
 
     def predictor(self, client: Client, received: Arrays) -> Predictor:
         return personal(self.start(client, received))

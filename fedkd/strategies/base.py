@@ -9,13 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from fedkd.clients.client import Client, Predictor, Update
+from fedkd.clients.swing_targets import SwingTargets
+from fedkd.clients.training import Training
 from fedkd.data.federated import Split
 from fedkd.models.book import ModelBook
+from fedkd.privacy.payload import Payload
 from fedkd.registry import Registry
 from fedkd.rng import Rng
 from fedkd.types import Arrays, ClientInfo, Metrics, Task, Upload
@@ -27,7 +30,8 @@ class Setting:
 
     ``public`` is the public pool, x float32 (n, ...) and y int64 (n,), -1 where a label is unknown;
     server and clients hold it before round 1. ``device`` is where it lies, and where the server
-    trains networks of its own.
+    trains networks of its own. Under swing distillation ``swing`` says how targets are made on the
+    server, ``public_temperatures`` (Q,) at which temperature of each example of the pool.
     """
 
     task: Task
@@ -37,6 +41,8 @@ class Setting:
     seed: int
     public: Split | None = None
     device: torch.device | str = "cpu"
+    swing: SwingTargets | None = None
+    public_temperatures: torch.Tensor | None = None
 
 
 class Strategy(ABC):
@@ -45,13 +51,15 @@ class Strategy(ABC):
     ``source`` cites the method; ``evidence`` is ``paper`` where it follows the published algorithm
     and ``reconstruction`` where the paper could not be read in full. ``mixed`` says whether clients
     may have different architectures; ``pooled`` that one pseudo-client trains on the union of all
-    data (an upper bound, not a federation).
+    data (an upper bound, not a federation); ``swings`` on what a teacher's soft targets can be
+    softened by swing distillation: clients' ``own`` examples, or the ``public`` pool.
     """
 
     source: ClassVar[str] = ""
     evidence: ClassVar[str] = "paper"
     mixed: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    swings: ClassVar[Literal["", "own", "public"]] = ""
 
     def problems(self, setting: Setting) -> list[str]:
         """Return what in this setting the strategy cannot work with, before any round is run."""
@@ -66,6 +74,31 @@ class Strategy(ABC):
     def needs_public(self) -> bool:
         """Return whether clients or server read the public pool; without one a run is refused."""
         return False
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        """Return the public shape of a client's upload, for privacy mechanisms.
+
+        Whether a client holds examples must not show in it. None: not declared, so that every
+        mechanism is refused.
+        """
+        return None
+
+    def alone(self, setting: Setting) -> list[str]:
+        """Return why the server needs every upload by itself; [] where a sum over clients will do.
+
+        A noised sum can then stand for all uploads: central noise at client level is possible.
+        """
+        return ["its server reads each upload by itself"]
+
+    def fits(self, training: Training) -> tuple[Training, ...]:
+        """Return how a client trains on its own examples in a round, for planning DP-SGD."""
+        return (training,)
+
+    def coupled(self) -> list[str]:
+        """Return why examples cannot be clipped one by one; [] where they can."""
+        return []
 
     @abstractmethod
     def init(self, setting: Setting, rng: Rng) -> Arrays:

@@ -11,6 +11,7 @@ from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.terms import Supervised
 from fedkd.models.book import to_arrays
 from fedkd.options import options
+from fedkd.privacy.payload import Payload
 from fedkd.rng import Rng
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
 from fedkd.strategies.base import Setting, Strategy, strategies
@@ -39,6 +40,14 @@ class LocalOnly(Strategy):
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         return {}
 
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        return ()
+
+    def alone(self, setting: Setting) -> list[str]:
+        return []
+
     def local_update(self, client: Client, received: Arrays) -> Update:
         model = client.model(select(client.state, "model"))
         result = client.fit(model, [Supervised(label_smoothing=self.label_smoothing)])
@@ -65,3 +74,6 @@ class Centralized(ModelAveraging):
 
     source = "baseline"
     pooled = True
+
+    def alone(self, setting: Setting) -> list[str]:
+        return ["it trains on everybody's data in one place, where no client is apart from others"]

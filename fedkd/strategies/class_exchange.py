@@ -12,22 +12,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkd.clients.client import Client
 from fedkd.distill.fusion import ClassTable, class_means, fuse_classes
 from fedkd.distill.targets import ClassTargets
 from fedkd.types import Arrays, Upload, prefixed, select
 
+PROBS = frozenset({"probs"})
+"""Fields of a table that are probabilities."""
 BUFFER = "buffer"
 """Server-side memory, ``buffer/<client>/<field>``: what each client said last; it never travels."""
 
 
-def summarise(values: Mapping[str, Tensor], y: Tensor, counted: bool) -> Arrays:
+def summarise(
+    client: Client, values: Mapping[str, Tensor], counted: bool, point: str = ""
+) -> Arrays:
     """Return the mean of each of ``values`` (n, d) by class: what a client says.
 
-    ``labels`` (P,) int32, the classes that ``y`` (n,) holds; each value under its own name, (P, d)
-    float32; ``counts`` (P,) int32 only where ``counted``, since numbers of examples need not leave
-    a client otherwise. Nothing for a client without examples.
+    ``labels`` (P,) int32, the classes that the client's training examples hold; each value under
+    its own name, (P, d) float32; ``counts`` (P,) int32 only where ``counted``, since numbers of
+    examples need not leave a client otherwise. Nothing for a client without examples. Under
+    example-level privacy noised sums by noised counts, for every client alike; ``point`` then tells
+    apart what is released of several places in the network.
     """
     arrays: Arrays = {}
+    y = client.data.train.y
+    if client.release is not None:
+        return client.release.means(values, y, simplex=PROBS, counted=counted, point=point)
     if len(y) == 0:
         return arrays
     labels = y.cpu().numpy()

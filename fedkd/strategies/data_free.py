@@ -18,10 +18,11 @@ from fedkd.clients.synthesis import GeneratorTraining
 from fedkd.distill.generator import filled, input_generator
 from fedkd.models.base import BlockNet
 from fedkd.options import Count, NonNegative, Positive, options
+from fedkd.privacy.payload import Histogram, Payload
 from fedkd.rng import Rng
 from fedkd.strategies.base import Setting
 from fedkd.strategies.server_distillation import ServerDistillation
-from fedkd.types import Arrays, Upload
+from fedkd.types import Arrays, ClientInfo, Upload
 
 COUNTS = "counts/labels"
 """What a client uploads beside its weights: training examples by class, int32 (C,)."""
@@ -56,6 +57,13 @@ class DataFree(ServerDistillation):
         arrays = {**update.arrays, **label_counts_of(client)}
         return Update(arrays, update.predictor, update.metrics)
 
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        weights = super().declare(received, client, round_, setting) or ()
+        counts = Histogram(COUNTS, setting.task.classes)
+        return (*weights, counts) if self.sends_counts() else weights
+
     def generator(self, setting: Setting, rng: Rng, weights: Arrays | None = None) -> BlockNet:
         """Return the generator with ``weights``; what they do not hold is drawn from ``rng``."""
         with torch.device("meta"):
@@ -80,6 +88,12 @@ class DataFree(ServerDistillation):
 
 
 def label_counts_of(client: Client) -> Arrays:
-    """Return a client's label counts as it uploads them: ``counts/labels``, int32 (C,)."""
-    y = client.data.train.y.cpu().numpy()
-    return {COUNTS: np.bincount(y, minlength=client.task.classes).astype(np.int32)}
+    """Return a client's label counts as it uploads them: ``counts/labels``, int32 (C,).
+
+    Noised under example-level privacy.
+    """
+    y = client.data.train.y
+    if client.release is not None:
+        return {COUNTS: client.release.histogram(y)}
+    counts = np.bincount(y.cpu().numpy(), minlength=client.task.classes)
+    return {COUNTS: counts.astype(np.int32)}

@@ -28,10 +28,11 @@ from fedkd.clients.synthesis import (
 from fedkd.clients.transfer import CHUNK, Ensemble, frozen, transfer
 from fedkd.models.base import BlockNet
 from fedkd.options import Count, NonNegative, Positive, options
+from fedkd.privacy.payload import Payload
 from fedkd.rng import Rng
 from fedkd.strategies.base import Setting, strategies
 from fedkd.strategies.data_free import DataFree
-from fedkd.types import Arrays, Metrics, Upload, prefixed, select
+from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Mean and variance (d,) of the pooled features of each block."""
@@ -99,6 +100,14 @@ class Dense(DataFree):
         model = client.model(select(update.arrays, "model"))
         found = feature_statistics(model, client.data.train.x, self.blocks(model))
         return Update({**update.arrays, **found}, update.predictor, update.metrics)
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        """Nothing is declared of feature statistics: no mechanism bounds them."""
+        if self.statistics_weight and self.server_steps:
+            return None
+        return super().declare(received, client, round_, setting)
 
     def blocks(self, model: BlockNet) -> tuple[str, ...]:
         """Return the blocks whose statistics travel."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Proximal, Supervised
+from fedkd.clients.training import Training
 from fedkd.models.book import to_arrays
 from fedkd.options import Count, NonNegative, options
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
@@ -44,6 +46,9 @@ class Ditto(ModelAveraging):
         client.state.update(prefixed("personal", to_arrays(own)))
         arrays = prefixed("model", to_arrays(shared))
         return Update(arrays, personal(own), loss_metrics(result.losses))
+
+    def fits(self, training: Training) -> tuple[Training, ...]:
+        return (training, replace(training, epochs=self.personal_epochs, steps=0))
 
     def predictor(self, client: Client, received: Arrays) -> Predictor:
         kept = select(client.state, "personal")

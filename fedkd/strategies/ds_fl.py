@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fedkd.clients.client import Client, Predictor, personal
 from fedkd.clients.local import Term
+from fedkd.clients.swing_targets import Softening, softening
 from fedkd.clients.terms import Distil
 from fedkd.clients.training import Training
 from fedkd.clients.transfer import transfer
@@ -23,7 +24,7 @@ from fedkd.models.book import to_arrays
 from fedkd.options import Count, NotNegative, Positive, options
 from fedkd.rng import Rng, stream
 from fedkd.strategies.base import Setting, strategies
-from fedkd.strategies.public_exchange import CONSENSUS, PublicExchange, part
+from fedkd.strategies.public_exchange import CONSENSUS, PublicExchange, part, positions
 from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
 
 
@@ -41,6 +42,7 @@ class DsFl(PublicExchange):
 
     source = "Itahara et al., arXiv:2008.06180 (read in notes only)"
     evidence = "reconstruction"
+    swings = "public"
     kind: ClassVar[str] = "soft_labels"
 
     subset: Annotated[
@@ -93,18 +95,24 @@ class DsFl(PublicExchange):
     def answers(self, logits: Tensor) -> Tensor:
         return functional.softmax(logits, dim=1)
 
-    def consensus(self, scores: Tensor, rule: Fusion, shares: Tensor | None) -> Tensor:
+    def consensus(
+        self, scores: Tensor, rule: Fusion, shares: Tensor | None, swing: Softening | None = None
+    ) -> Tensor:
         # Rules take logits; every one of them is blind to what is added to all classes alike, so
         # log-probabilities are as good.
         logits = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
         fused = rule(logits, 1.0, shares)
-        return sharpened(fused, self.era_temperature) if self.aggregation == "era" else fused
+        if self.aggregation == "era":
+            fused = sharpened(fused, self.era_temperature)
+        return fused if swing is None else swing.soften(fused)
 
     def probs(self, consensus: Tensor) -> Tensor:
         return consensus
 
-    def lesson(self, consensus: Tensor) -> Term:
-        return Distil(objectives.get(self.objective)(), SampleTargets(consensus), 1.0, 1.0)
+    def lesson(self, consensus: Tensor, swing: Softening | None = None) -> Term:
+        at, rescale = (1.0, True) if swing is None else (swing.temperatures, swing.rescale)
+        targets = SampleTargets(consensus)
+        return Distil(objectives.get(self.objective)(), targets, at, 1.0, rescale=rescale)
 
     def aggregate(
         self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
@@ -114,6 +122,10 @@ class DsFl(PublicExchange):
         if not self.server_epochs or state.get(CONSENSUS) is before or setting.public is None:
             return state, metrics
         data = part(setting.public, self.subset, setting.seed, round_ + 1)
+        index = positions(len(setting.public), self.subset, setting.seed, round_ + 1)
+        swing = softening(
+            setting.swing, setting.public_temperatures, index, noise=False, device=setting.device
+        )
         student = setting.book.make(
             setting.book.labels[0], select(state, "model"), device=setting.device
         )
@@ -122,7 +134,8 @@ class DsFl(PublicExchange):
             data.x,
             torch.tensor(state[CONSENSUS], device=setting.device),
             objective=objectives.get(self.objective)(),
-            temperature=1.0,
+            temperature=1.0 if swing is None else swing.temperatures,
+            rescale=swing is None or swing.rescale,
             training=Training(
                 epochs=self.server_epochs, batch_size=self.server_batch_size, lr=self.server_lr
             ),

@@ -15,9 +15,10 @@ from fedkd.distill.objectives.base import objectives
 from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet
 from fedkd.options import NonNegative, Positive, options
+from fedkd.privacy.payload import Payload, Table
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
 from fedkd.strategies.base import Setting, strategies
-from fedkd.strategies.class_exchange import lesson, remember, summarise, tables, targets
+from fedkd.strategies.class_exchange import PROBS, lesson, remember, summarise, tables, targets
 from fedkd.strategies.schedule import LayerSchedule
 from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
 
@@ -30,10 +31,10 @@ class FederatedDistillation(ModelAveraging):
     """Per-label mean soft outputs travel; each client learns from the mean of all others.
 
     ``CE(f(x), y) + gamma T^2 D(F_y || softmax(f(x) / T))`` with the leave-one-out mean
-    ``F_y = sum_{j != i} F_jy / M_y`` over the M_y other clients that hold class y. Clients keep
-    their networks, of any architecture. With ``share_weights`` all weights are averaged as well
-    (the baseline FedDistill+ of the FedGen paper). Limits: gamma = 0 is local-only bit for bit,
-    with ``share_weights`` FedAvg.
+    ``F_y = sum_{j != i} F_jy / M_y`` over the M_y other clients that hold class y (with ``share =
+    "mean"`` over all). Clients keep their networks, of any architecture. With ``share_weights`` all
+    weights are averaged as well (the baseline FedDistill+ of the FedGen paper). Limits: gamma = 0
+    is local-only bit for bit, with ``share_weights`` FedAvg.
     Source: Jeong et al., arXiv:1811.11479, algorithm 1.
     """
 
@@ -51,6 +52,10 @@ class FederatedDistillation(ModelAveraging):
         Literal["uniform", "examples"],
         Field(description="weights of clients in a label's mean; examples sends their numbers"),
     ] = "uniform"
+    share: Annotated[
+        Literal["leave_one_out", "mean"],
+        Field(description="whose soft labels a client is taught: all others', or everybody's"),
+    ] = "leave_one_out"
     share_weights: Annotated[
         bool, Field(description="average all weights too (FedDistill+); needs one architecture")
     ] = False
@@ -74,7 +79,7 @@ class FederatedDistillation(ModelAveraging):
             "probs",
             setting.task.classes,
             self.label_weighting,
-            leave_out=client.id,
+            leave_out=client.id if self.share == "leave_one_out" else None,
         )
         return {**weights, **prefixed(KIND, taught)}
 
@@ -97,12 +102,29 @@ class FederatedDistillation(ModelAveraging):
         return Update(arrays, personal(model), loss_metrics(result.losses))
 
     def _said(self, client: Client, model: BlockNet) -> Arrays:
-        train = client.data.train
-        if not self.gamma or len(train) == 0:
+        if not self.gamma:
             return {}
-        logits, _ = infer(model, train.x, ())
+        logits, _ = infer(model, client.data.train.x, ())
         values = {"probs": soften(logits, self.temperature)}
-        return prefixed(KIND, summarise(values, train.y, self.label_weighting == "examples"))
+        return prefixed(KIND, summarise(client, values, self.label_weighting == "examples"))
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        classes = setting.task.classes
+        counted = self.label_weighting == "examples"
+        table = Table(KIND, classes, {"probs": classes}, PROBS, counted)
+        weights = super().declare(received, client, round_, setting) or ()
+        return (*weights, table) if self.gamma else weights
+
+    def alone(self, setting: Setting) -> list[str]:
+        found = super().alone(setting) if self.share_weights else []
+        if self.gamma and self.share == "leave_one_out":
+            found.append(
+                "strategy.share = 'leave_one_out' teaches each client something else, made of "
+                "single uploads; set strategy.share = 'mean'"
+            )
+        return found
 
     def aggregate(
         self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting

@@ -24,16 +24,17 @@ from fedkd.clients.heads import (
 )
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Distil, HeadSupervised, Supervised
-from fedkd.distill.fusion import class_means
 from fedkd.distill.objectives.base import objectives
 from fedkd.distill.targets import ClassTargets, SampleTargets, Targets
 from fedkd.models.base import BlockNet
 from fedkd.options import Count, Names, NonNegative, NotNegative, Positive, options
+from fedkd.privacy.payload import Payload, Table
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
 from fedkd.strategies.base import Setting, strategies
+from fedkd.strategies.class_exchange import PROBS, summarise
 from fedkd.strategies.fedd2s_server import Exchange
 from fedkd.strategies.schedule import LayerSchedule
-from fedkd.types import Arrays, ClientInfo, Metrics, Upload, select
+from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
 
 OUTPUT = "output"
 
@@ -205,6 +206,35 @@ class FedD2S(ModelAveraging):
         keep_heads(client, heads)
         return Update(arrays, with_heads(model, heads, {}), loss_metrics(result.losses))
 
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        """Return blocks and class means; nothing is declared of single examples' features."""
+        parts = super().declare(received, client, round_, setting) or ()
+        points = self.active(setting.book.blocks(client.model), round_)
+        if self.payload == "per_sample" and any(p != OUTPUT for p in points):
+            return None
+        classes, model = setting.task.classes, setting.book.make(client.model)
+        for point in points:
+            fields = {"probs": classes}
+            if point != OUTPUT:
+                fields["features"] = model.feature_size(setting.task, point)
+            parts += (Table(f"soft_labels/{point}", classes, fields, PROBS, counted=True),)
+        return parts
+
+    def alone(self, setting: Setting) -> list[str]:
+        averages = any(
+            self.schedule(setting.book.blocks(c.model)).ever for c in setting.clients[:1]
+        )
+        found = super().alone(setting) if averages else []
+        exchanges = self.reading != "averaging" or self.kd_weight
+        if exchanges and self.share != "mean":
+            found.append(
+                f"strategy.share = {self.share!r} teaches each client something else, made of "
+                "single uploads; set strategy.share = 'mean'"
+            )
+        return found
+
     def _head(self, client: Client, model: BlockNet, block: str) -> BlockNet:
         size = model.feature_size(client.task, block)
         return client_head(client, block, size, self.head_hidden)
@@ -258,22 +288,22 @@ class FedD2S(ModelAveraging):
         self, client: Client, model: BlockNet, points: list[str], heads: dict[str, BlockNet]
     ) -> Arrays:
         """Return what a client says at each point: soft labels, with features at a cut."""
-        if not points or len(client.data.train) == 0:
+        if not points or (len(client.data.train) == 0 and client.release is None):
             return {}
         y = client.data.train.y.cpu().numpy()
         logits, features = infer(model, client.data.train.x, tuple(heads))
         arrays: Arrays = {}
         for point in points:
-            values = {"features": features[point].cpu().numpy()} if point in heads else {}
+            said = {"features": features[point]} if point in heads else {}
             with torch.no_grad():
                 z = heads[point](features[point]) if point in heads else logits
-            values["probs"] = soften(z, self.temperature).cpu().numpy()
+            said["probs"] = soften(z, self.temperature)
             if self.payload == "per_sample" and point in heads:
+                values = {key: value.cpu().numpy() for key, value in said.items()}
                 values["labels"] = y.astype("int32")
             else:
-                for key in list(values):
-                    values["labels"], values[key], values["counts"] = class_means(values[key], y)
-            arrays.update({f"soft_labels/{point}/{key}": v for key, v in values.items()})
+                values = summarise(client, said, counted=True, point=point)
+            arrays.update(prefixed(f"soft_labels/{point}", values))
         return arrays
 
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:

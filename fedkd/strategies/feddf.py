@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from fedkd.clients.local import Term
+from fedkd.clients.swing_targets import softening
 from fedkd.clients.synthesis import (
     Answers,
     Diversity,
@@ -41,6 +42,7 @@ class FedDF(DataFree):
     """
 
     source = "Lin et al., NeurIPS 2020, algorithms 1 and 3"
+    swings = "public"
 
     inputs: Annotated[
         Literal["public", "generator"],
@@ -62,6 +64,12 @@ class FedDF(DataFree):
             found.append(
                 "the generator has nothing to learn: strategy.fidelity_weight and diversity_weight "
                 "are both 0; set one of them above 0, or strategy.inputs = 'public'"
+            )
+        if self.inputs == "generator" and setting.swing is not None:
+            found.append(
+                "privacy.swing says how private an example of the pool is, but strategy.inputs = "
+                "'generator' makes its own; set strategy.inputs = 'public', or privacy.swing.map "
+                "= 'off'"
             )
         return found
 
@@ -90,8 +98,14 @@ class FedDF(DataFree):
             x = setting.public.x.to(setting.device)
         else:
             x, labels, kept, metrics = self._generated(state, ensemble, uploads, round_, setting)
+        swing = None
+        if self.inputs == "public":
+            swing = softening(setting.swing, setting.public_temperatures, device=setting.device)
+        at = self.temperature if swing is None else swing.temperatures
         # One pass of the teachers over the inputs serves every step and every student.
-        probs = ensemble.targets(x, self.temperature, labels)
+        probs = ensemble.targets(x, at, labels)
+        if swing is not None:
+            probs = swing.of_probs(probs, self.stream(setting, round_, "swing"))
         known = setting.public.y if labels is None and setting.public is not None else None
         if known is not None and bool((known >= 0).all()):
             # For the reader only: a student can hardly be better than what it is taught.
@@ -103,7 +117,8 @@ class FedDF(DataFree):
                 x,
                 probs,
                 objective=self.criterion(),
-                temperature=self.temperature,
+                temperature=at,
+                rescale=swing is None or swing.rescale,
                 training=self.student_training(),
                 rng=self.stream(setting, round_, "distil", label),
             )

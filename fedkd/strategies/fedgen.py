@@ -34,6 +34,7 @@ from fedkd.distill.objectives.base import objectives
 from fedkd.models.base import HEAD, BlockNet
 from fedkd.models.book import ModelBook, to_arrays
 from fedkd.options import Count, NonNegative, Positive, Ratio, options
+from fedkd.privacy.payload import Histogram, Payload
 from fedkd.rng import Rng, stream
 from fedkd.strategies.averaging import ModelAveraging
 from fedkd.strategies.base import Setting, strategies
@@ -165,6 +166,16 @@ class FedGen(ModelAveraging):
             return update
         arrays = {**update.arrays, **label_counts_of(client)}
         return Update(arrays, update.predictor, update.metrics)
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        weights = super().declare(received, client, round_, setting) or ()
+        return (*weights, Histogram(COUNTS, setting.task.classes)) if self.active else weights
+
+    def alone(self, setting: Setting) -> list[str]:
+        read = ["its generator learns from every client's head by itself"] if self.active else []
+        return [*super().alone(setting), *read]
 
     def aggregate(
         self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting

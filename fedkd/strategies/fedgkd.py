@@ -10,6 +10,7 @@ from pydantic import Field
 from fedkd.clients.client import Client
 from fedkd.clients.heads import soften
 from fedkd.clients.local import Term
+from fedkd.clients.swing_targets import softening
 from fedkd.clients.teacher_terms import LogitMatch, teacher_logits
 from fedkd.clients.terms import Distil, Supervised
 from fedkd.distill.objectives.kl import KullbackLeibler
@@ -28,13 +29,15 @@ class FedGKD(ModelAveraging):
 
     ``CE(z, y) + a T^2 KL(softmax(z_t / T) || softmax(z / T))``, or ``a/C ||z - z_t||^2``, with z_t
     the logits of the network whose weights are the mean of the last M aggregated models, constant
-    in a round. Limits: a = 0 is FedAvg bit for bit; M = 1 teaches what the client received anyway.
+    in a round; under swing distillation every example has its own T. Limits: a = 0 is FedAvg bit
+    for bit; M = 1 teaches what the client received anyway.
     Source: Yao et al., FedGKD: Towards Heterogeneous Federated Learning via Global Knowledge
     Distillation, IEEE Transactions on Computers 2023; there a is gamma / 2.
     """
 
     source = "Yao et al., IEEE Transactions on Computers 2023 (arXiv:2107.00051)"
     evidence = "reconstruction"
+    swings = "own"
 
     coefficient: Annotated[
         NonNegative, Field(description="a, weight of distillation; 0 is FedAvg")
@@ -47,6 +50,15 @@ class FedGKD(ModelAveraging):
     ] = "kl"
     temperature: Annotated[Positive, Field(description="T of student and teacher under kl")] = 1.0
 
+    def problems(self, setting: Setting) -> list[str]:
+        found = super().problems(setting)
+        if setting.swing is not None and self.objective == "mse":
+            found.append(
+                "privacy.swing softens predictions, but strategy.objective = 'mse' compares "
+                "logits; set strategy.objective = 'kl', or privacy.swing.map = 'off'"
+            )
+        return found
+
     def terms(self, client: Client, model: BlockNet, received: Arrays) -> list[Term]:
         terms: list[Term] = [Supervised()]
         # Before the first aggregation there is nothing to learn from but initial weights.
@@ -56,6 +68,12 @@ class FedGKD(ModelAveraging):
         logits = teacher_logits(client.model(weights) if weights else model, client.data.train)
         if self.objective == "mse":
             return [*terms, LogitMatch(logits, self.coefficient)]
+        swing = softening(client.swing, client.temperatures, device=client.device)
+        if swing is not None:
+            targets = SampleTargets(swing.of_logits(logits, client.rng("swing")))
+            at, rescale = swing.temperatures, swing.rescale
+            distil = Distil(KullbackLeibler(), targets, at, self.coefficient, rescale=rescale)
+            return [*terms, distil]
         targets = SampleTargets(soften(logits, self.temperature))
         return [*terms, Distil(KullbackLeibler(), targets, self.temperature, self.coefficient)]
 

@@ -17,9 +17,10 @@ from fedkd.distill.objectives.base import objectives
 from fedkd.errors import ConfigError
 from fedkd.models.base import HEAD, BlockNet
 from fedkd.options import NonNegative, Positive, options
+from fedkd.privacy.payload import Payload, Table
 from fedkd.strategies.averaging import ModelAveraging, loss_metrics
 from fedkd.strategies.base import Setting, strategies
-from fedkd.strategies.class_exchange import lesson, remember, summarise, tables, targets
+from fedkd.strategies.class_exchange import PROBS, lesson, remember, summarise, tables, targets
 from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
 
 KIND = "prototypes"
@@ -101,14 +102,29 @@ class FedHKD(ModelAveraging):
         return Update(arrays, personal(model), loss_metrics(result.losses))
 
     def _said(self, client: Client, model: BlockNet) -> Arrays:
-        train = client.data.train
-        if not self.fields() or len(train) == 0:
+        if not self.fields():
             return {}
         block = model.block_names[-1]
-        logits, features = infer(model, train.x, (block,))
+        logits, features = infer(model, client.data.train.x, (block,))
         known = {"features": features[block], "probs": soften(logits, self.temperature)}
         values = {field: known[field] for field in self.fields()}
-        return prefixed(KIND, summarise(values, train.y, self.label_weighting == "examples"))
+        return prefixed(KIND, summarise(client, values, self.label_weighting == "examples"))
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        weights = super().declare(received, client, round_, setting) or ()
+        if not self.fields():
+            return weights
+        classes, book = setting.task.classes, setting.book
+        last = book.blocks(client.model)[-2]
+        sizes = {
+            "features": book.make(client.model).feature_size(setting.task, last),
+            "probs": classes,
+        }
+        fields = {field: sizes[field] for field in self.fields()}
+        counted = self.label_weighting == "examples"
+        return (*weights, Table(KIND, classes, fields, PROBS & set(fields), counted))
 
     def aggregate(
         self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting

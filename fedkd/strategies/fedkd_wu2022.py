@@ -6,6 +6,7 @@ The name carries authors and year because the published method and this library 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedkd.distill.low_rank import Factors, factorise, most_rank, restore
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
 from fedkd.options import NonNegative, Positive, Ratio, options
+from fedkd.privacy.payload import Payload
 from fedkd.rng import Rng
 from fedkd.strategies.averaging import LAST_ROUND, ModelAveraging, loss_metrics
 from fedkd.strategies.base import Setting, strategies
@@ -116,10 +118,7 @@ class FedKDWu2022(ModelAveraging):
     ) -> tuple[Arrays, Metrics]:
         """Average the mentees; what the update loses in being sent is lost for the server too."""
         before = select(state, "model")
-        whole = [
-            Upload(client=u.client, arrays=prefixed("model", _unpacked(before, u.arrays)))
-            for u in uploads
-        ]
+        whole = [replace(u, arrays=prefixed("model", _unpacked(before, u.arrays))) for u in uploads]
         state, metrics = super().aggregate(state, whole, round_, setting)
         if not self.compresses():
             return state, metrics
@@ -128,6 +127,20 @@ class FedKDWu2022(ModelAveraging):
         for key, pair in factors.items():
             state[f"model/{key}"] = restore(before[key], pair)
         return {**state, **_stored(after, factors)}, metrics
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        """Nothing is declared of factors: how many there are follows from a client's own data."""
+        return None if self.compresses() else super().declare(received, client, round_, setting)
+
+    def coupled(self) -> list[str]:
+        if not (self.kd_weight or self.hidden_weight):
+            return []
+        return [
+            "its divergences are divided by losses of the whole batch; set strategy.kd_weight = 0 "
+            "and strategy.hidden_weight = 0, or use strategy 'fml' for mutual learning"
+        ]
 
     def predictor(self, client: Client, received: Arrays) -> Predictor:
         mentor, mentee = self._networks(client, self._received(client, received))

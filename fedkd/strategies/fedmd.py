@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from fedkd.clients.client import Client
 from fedkd.clients.local import Term
+from fedkd.clients.swing_targets import Softening
 from fedkd.clients.terms import Distil, Supervised
+from fedkd.clients.transfer import fused
 from fedkd.distill.fusion_rules import Fusion, fusions, mean_over
 from fedkd.distill.objectives.base import objectives
 from fedkd.distill.targets import SampleTargets
@@ -37,6 +40,7 @@ class FedMD(PublicExchange):
     """
 
     source = "Li and Wang, arXiv:1910.03581, algorithm 1, and the authors' code"
+    swings = "public"
 
     subset: Annotated[
         NotNegative, Field(description="examples of the pool scored a round, at most; 0: all")
@@ -63,6 +67,12 @@ class FedMD(PublicExchange):
                     f"{self.fusion!r} gives probabilities; use fusion = 'mean-logits', or "
                     "digest_loss = 'kl'"
                 )
+            if setting.swing is not None:
+                found.append(
+                    "privacy.swing softens predictions, but strategy.digest_loss = "
+                    f"{self.digest_loss!r} compares logits; set strategy.digest_loss = 'kl', or "
+                    "privacy.swing.map = 'off'"
+                )
         else:
             try:
                 objectives.get(self.digest_loss)
@@ -79,11 +89,14 @@ class FedMD(PublicExchange):
     def answers(self, logits: Tensor) -> Tensor:
         return logits
 
-    def consensus(self, scores: Tensor, rule: Fusion, shares: Tensor | None) -> Tensor:
+    def consensus(
+        self, scores: Tensor, rule: Fusion, shares: Tensor | None, swing: Softening | None = None
+    ) -> Tensor:
         # Distances are between logits as they are: any softmax would lose their scale.
         if self.digest_loss in DISTANCES:
             return mean_over(scores)
-        return rule(scores, self.temperature, shares)
+        at = self.temperature if swing is None else swing.temperatures
+        return fused(rule, scores, at, shares)
 
     def down(self) -> str:
         return "logits/consensus" if self.digest_loss in DISTANCES else "soft_labels/consensus"
@@ -91,11 +104,21 @@ class FedMD(PublicExchange):
     def probs(self, consensus: Tensor) -> Tensor:
         return functional.softmax(consensus, dim=1) if self.digest_loss in DISTANCES else consensus
 
-    def lesson(self, consensus: Tensor) -> Term:
+    def lesson(self, consensus: Tensor, swing: Softening | None = None) -> Term:
         if self.digest_loss in DISTANCES:
             return MatchScores(consensus, squared=self.digest_loss == "mse")
         objective = objectives.get(self.digest_loss)()
-        return Distil(objective, SampleTargets(consensus), self.temperature, 1.0)
+        at = self.temperature if swing is None else swing.temperatures
+        rescale = swing is None or swing.rescale
+        return Distil(objective, SampleTargets(consensus), at, 1.0, rescale=rescale)
+
+    def at(self, rows: int) -> np.ndarray | None:
+        if self.digest_loss in DISTANCES or self.fusion == "mean-logits":
+            return None
+        return np.full(rows, self.temperature)
+
+    def summable(self) -> tuple[str, ...]:
+        return ("mean-logits",) if self.digest_loss in DISTANCES else ("mean-logits", "mean-probs")
 
     def prepare(self, client: Client, model: BlockNet) -> Metrics:
         if not self.pretrain_epochs or client.public is None:

@@ -18,6 +18,7 @@ from fedkd.clients.terms import Supervised
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
 from fedkd.options import NonNegative, options
+from fedkd.privacy.payload import Payload, Table
 from fedkd.rng import Rng
 from fedkd.strategies.averaging import loss_metrics
 from fedkd.strategies.base import Setting, Strategy, strategies
@@ -100,12 +101,25 @@ class FedProto(Strategy):
         return Update(arrays, self._judged(client, model, received), loss_metrics(result.losses))
 
     def _said(self, client: Client, model: BlockNet, block: str) -> Arrays:
-        train = client.data.train
-        if len(train) == 0:
-            return {}
-        _, features = infer(model, train.x, (block,))
+        _, features = infer(model, client.data.train.x, (block,))
         values = {"features": features[block]}
-        return prefixed(KIND, summarise(values, train.y, self.weighting != "uniform"))
+        return prefixed(KIND, summarise(client, values, self.weighting != "uniform"))
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        block = self.block or setting.book.blocks(client.model)[-2]
+        size = setting.book.make(client.model).feature_size(setting.task, block)
+        fields, counted = {"features": size}, self.weighting != "uniform"
+        return (Table(KIND, setting.task.classes, fields, counted=counted),)
+
+    def alone(self, setting: Setting) -> list[str]:
+        if self.weighting != "paper":
+            return []
+        return [
+            "strategy.weighting = 'paper' divides by how many clients hold a class, each of which "
+            "it reads; set strategy.weighting = 'uniform'"
+        ]
 
     def aggregate(
         self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting

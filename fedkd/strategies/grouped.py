@@ -29,6 +29,15 @@ class GroupedAveraging(ModelAveraging):
         """Nothing stands against mixed architectures."""
         return []
 
+    def alone(self, setting: Setting) -> list[str]:
+        found = super().alone(setting)
+        if len(self.labels(setting)) > 1:
+            found.append(
+                "it averages within each architecture, and a sum over clients would not show whose "
+                "network it is; give all clients one model, or set privacy.trust = 'local'"
+            )
+        return found
+
     def place(self, label: str, setting: Setting) -> str:
         """Return where the server keeps the global network of an architecture."""
         return "model" if label == setting.clients[0].model else f"models/{label}"
@@ -56,5 +65,5 @@ class GroupedAveraging(ModelAveraging):
             fused = average([select(u.arrays, "model") for u in group], weights)
             averaged.update(prefixed(self.place(label, setting), fused))
         last = state[LAST_ROUND].copy()
-        last[[u.client.id for u in uploads]] = round_
+        last[[k for u in uploads for k in u.clients]] = round_
         return {**state, **averaged, LAST_ROUND: last}, {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.local import Batch, Term
+from fedkd.clients.swing_targets import Softening, softening
 from fedkd.clients.terms import Supervised
 from fedkd.clients.training import Training
 from fedkd.data.federated import Split
@@ -26,6 +27,7 @@ from fedkd.errors import ConfigError, RunError
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
 from fedkd.options import Count, NotNegative, Positive, options
+from fedkd.privacy.payload import Histogram, Payload, Scores
 from fedkd.rng import Rng, stream
 from fedkd.strategies.averaging import loss_metrics
 from fedkd.strategies.base import Setting, Strategy
@@ -45,6 +47,9 @@ class PublicExchange(Strategy):
     ``digest_epochs``, then on its own data, then scores part t + 1 and uploads the scores. The
     server fuses what it gets; the consensus is of those who took part in round t - 1. Whoever is
     there in round t receives it, and where nobody scored part t nobody digests.
+
+    Under swing distillation every public example has its own temperature, and the server adds noise
+    to the consensus before anybody, its own network included, learns from it.
     """
 
     mixed = True
@@ -73,15 +78,17 @@ class PublicExchange(Strategy):
         """Return what a client uploads of its logits (n, C)."""
 
     @abstractmethod
-    def consensus(self, scores: Tensor, rule: Fusion, shares: Tensor | None) -> Tensor:
-        """Return the consensus (n, C) on the uploaded scores (K, n, C)."""
+    def consensus(
+        self, scores: Tensor, rule: Fusion, shares: Tensor | None, swing: Softening | None = None
+    ) -> Tensor:
+        """Return the consensus (n, C) on the uploaded scores (K, n, C), before any noise."""
 
     @abstractmethod
     def probs(self, consensus: Tensor) -> Tensor:
         """Return the consensus as probabilities (n, C), for what is logged."""
 
     @abstractmethod
-    def lesson(self, consensus: Tensor) -> Term:
+    def lesson(self, consensus: Tensor, swing: Softening | None = None) -> Term:
         """Return the loss by which a network digests the consensus (n, C)."""
 
     def down(self) -> str:
@@ -135,10 +142,15 @@ class PublicExchange(Strategy):
         if self.down() not in received:
             return {}
         consensus = torch.tensor(received[self.down()], device=client.device)
-        data = part(_pool(client.public), self.subset, client.seed, client.round)
+        pool = _pool(client.public)
+        data = part(pool, self.subset, client.seed, client.round)
+        index = positions(len(pool), self.subset, client.seed, client.round)
+        swing = softening(
+            client.swing, client.public_temperatures, index, noise=False, device=client.device
+        )
         training = self.digesting(client.training)
         try:
-            result = client.fit(model, [self.lesson(consensus)], "digest", training, data)
+            result = client.fit(model, [self.lesson(consensus, swing)], "digest", training, data)
         except RunError:
             raise RunError(
                 "training on the public consensus diverged; lower strategy.digest_lr (now "
@@ -183,13 +195,56 @@ class PublicExchange(Strategy):
         shares = None
         if self.fusion == "class-counts":
             shares = label_shares(torch.from_numpy(np.stack([a[COUNTS] for a in said])).float())
-        consensus = self.consensus(scores, fusions.get(self.fusion)(), shares)
+        index = positions(len(_pool(setting.public)), self.subset, setting.seed, round_ + 1)
+        swing = softening(setting.swing, setting.public_temperatures, index)
+        consensus = self.consensus(scores, fusions.get(self.fusion)(), shares, swing)
+        if swing is not None:
+            consensus = swing.of_probs(consensus, stream(setting.seed, "server", "swing", round_))
         labels = part(_pool(setting.public), self.subset, setting.seed, round_ + 1).y.cpu()
         kept = {
             CONSENSUS: consensus.numpy(),
             CONSENSUS_ROUND: np.array([round_ + 1], dtype=np.int64),
         }
         return {**state, **kept}, _described(self.probs(consensus), labels)
+
+    def declare(
+        self, received: Arrays, client: ClientInfo, round_: int, setting: Setting
+    ) -> Payload | None:
+        """Return the scores of the next round's part of the pool; label counts where they weigh."""
+        if not self.wanted(round_, setting.rounds) or setting.public is None:
+            return ()
+        index = positions(len(setting.public), self.subset, setting.seed, round_ + 1)
+        rows = len(setting.public) if index is None else len(index)
+        temperatures = self.at(rows)
+        if temperatures is not None and setting.public_temperatures is not None:
+            chosen = (
+                setting.public_temperatures
+                if index is None
+                else (setting.public_temperatures[index.to(setting.public_temperatures.device)])
+            )
+            temperatures = chosen.cpu().numpy().astype(np.float64)
+        space: Literal["logits", "probs"] = "logits" if self.kind == "logits" else "probs"
+        classes = setting.task.classes
+        scores = Scores(f"{self.kind}/scores", rows, classes, space, temperatures)
+        counts = Histogram(COUNTS, classes)
+        return (scores, counts) if self.fusion == "class-counts" else (scores,)
+
+    def at(self, rows: int) -> np.ndarray | None:
+        """Return the temperatures (rows,) at which scores are fused; None: logits as they are."""
+        return np.ones(rows)
+
+    def summable(self) -> tuple[str, ...]:
+        """Return the fusion rules that read nothing but a mean over clients."""
+        return ("mean-probs",)
+
+    def alone(self, setting: Setting) -> list[str]:
+        if not self.needs_public() or self.fusion in self.summable():
+            return []
+        allowed = " or ".join(repr(name) for name in self.summable())
+        return [
+            f"strategy.fusion = {self.fusion!r} reads every client's scores by themselves; set "
+            f"strategy.fusion = {allowed}"
+        ]
 
     def predictor(self, client: Client, received: Arrays) -> Predictor:
         return personal(client.model(select(client.state, "model")))
@@ -217,11 +272,19 @@ def part(pool: Split, size: int, seed: int, round_: int) -> Split:
 
     It is drawn without replacement, afresh in each round, and is the same on every side.
     """
-    if not 0 < size < len(pool):
+    index = positions(len(pool), size, seed, round_)
+    if index is None:
         return pool
-    order = stream(seed, "public", "part", round_).numpy().permutation(len(pool))
-    chosen = torch.from_numpy(np.sort(order[:size])).to(pool.y.device)
+    chosen = index.to(pool.y.device)
     return Split(pool.x.index_select(0, chosen), pool.y.index_select(0, chosen))
+
+
+def positions(total: int, size: int, seed: int, round_: int) -> Tensor | None:
+    """Return where in a pool of ``total`` the part of a round lies, ascending; None: all of it."""
+    if not 0 < size < total:
+        return None
+    order = stream(seed, "public", "part", round_).numpy().permutation(total)
+    return torch.from_numpy(np.sort(order[:size]))
 
 
 def _pool(public: Split | None) -> Split:

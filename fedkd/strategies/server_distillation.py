@@ -61,6 +61,14 @@ class ServerDistillation(GroupedAveraging):
                 found.append(f"strategy.{option}: {error}")
         return found
 
+    def alone(self, setting: Setting) -> list[str]:
+        if not self.server_steps:
+            return super().alone(setting)
+        return [
+            "its ensemble is made of every client's network by itself; set privacy.trust = 'local' "
+            "(each client noises its own), or use a strategy that averages (fedavg, fedgkd)"
+        ]
+
     def criterion(self) -> Objective:
         """Return the distillation objective."""
         return objectives.get(self.objective)()

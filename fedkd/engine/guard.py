@@ -1,0 +1,192 @@
+"""Privacy in the round: what is uploaded goes through here, and every release is paid for first.
+
+client_side (local noise) -> Message -> fold (sum, clip, noise) -> strategy.aggregate
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedkd.engine.setup import Prepared
+from fedkd.errors import CheckpointError, RunError
+from fedkd.privacy.client_level import ClientLevel
+from fedkd.privacy.ledger import PrivacyLedger
+from fedkd.privacy.payload import Histogram, Payload, Scores, Table, Weights
+from fedkd.privacy.plan import Event
+from fedkd.privacy.swing import statement
+from fedkd.rng import stream
+from fedkd.types import FEDERATION, Arrays, ClientInfo, Record, Upload
+
+
+class Guard:
+    """The server's side of a privacy plan: its ledger, its noise, its budget.
+
+    What changes over rounds is the ledger and, under adaptive clipping, the norm; both are in
+    :meth:`state_dict`. Without a plan everything passes unchanged.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.plan = prepared, prepared.plan
+        self.ledger = PrivacyLedger(self.plan.claim())
+        self.norm = self.plan.options.clipping.norm
+        self.level = ClientLevel(self.plan.options, self.plan.noise_multiplier)
+
+    def exhausted(self, round_: int, cohort: Sequence[int], state: Arrays) -> str | None:
+        """Return why a round cannot be paid for any more, before anything of it is played."""
+        budget = self.plan.options.max_epsilon
+        if not self.plan.active or budget is None:
+            return None
+        events: list[Event] = []
+        clients: dict[int, list[Event]] = {}
+        if self.plan.central:
+            payload = self.payload(state, round_)
+            if payload:
+                events = [(self.level.worst(payload), self.plan.rate, 1)]
+        else:
+            clients = {k: self.plan.round_of(k) for k in cohort}
+        if not self.ledger.would_exceed(budget, events, clients):
+            return None
+        return (
+            f"round {round_} would exceed privacy.max_epsilon = {budget:g} "
+            f"(epsilon = {self.ledger.epsilon():.4g} so far)"
+        )
+
+    def payload(self, state: Arrays, round_: int) -> Payload:
+        """Return the public shape of an upload in a round: the same for every client.
+
+        Raises:
+            RunError: the strategy no longer declares what is uploaded.
+        """
+        setting, strategy = self.prepared.setting, self.prepared.strategy
+        client = setting.clients[0]
+        received = strategy.broadcast(state, client, round_, setting)
+        return declared(strategy.declare(received, client, round_, setting), round_)
+
+    def fold(self, round_: int, uploads: list[Upload], state: Arrays) -> list[Upload]:
+        """Return what the strategy may see: under central noise one noised mean, else ``uploads``.
+
+        An empty cohort releases noise, too: that nobody came must not show.
+        """
+        if not self.plan.central:
+            return uploads
+        payload = self.payload(state, round_)
+        if not payload:
+            return uploads
+        for upload in uploads:
+            check_covered(upload.arrays, payload, f"client {upload.client.id}")
+        expected = self.plan.expected()
+        rng = stream(self.prepared.experiment.seed, "privacy", round_)
+        released = self.level.release(
+            [u.arrays for u in uploads], payload, expected, self.norm, rng
+        )
+        self.norm = self.level.next_norm(
+            self.norm, released.unclipped, expected, rng.child("count")
+        )
+        paid = released.multiplier
+        if self.plan.rate < 1:
+            # What an adaptive release came to bounds its cost only where nothing is amplified.
+            paid = self.level.worst(payload)
+        self.ledger.spend(round_, paid, self.plan.rate)
+        members = tuple(u.client.id for u in uploads)
+        for k in members:
+            self.ledger.spend_client(round_, k, [(released.multiplier, 1.0, 1)])
+        model = self.prepared.setting.clients[0].model
+        everybody = ClientInfo(id=FEDERATION, examples=1, model=model)
+        return [Upload(client=everybody, arrays=released.arrays, members=members)]
+
+    def charge(self, round_: int, spent: Mapping[int, Sequence[Event]]) -> None:
+        """Write down what clients paid by themselves in a round (local noise, DP-SGD)."""
+        for k in sorted(k for k, events in spent.items() if events):
+            self.ledger.spend_client(round_, k, spent[k])
+
+    def records(self, round_: int) -> list[Record]:
+        """Return epsilon after a round: that of the run, and of the clients' own ledgers."""
+        if not self.plan.active:
+            return []
+        values = {"epsilon": self.ledger.epsilon()}
+        of_clients = self.ledger.client_epsilons()
+        if of_clients:
+            values["epsilon/largest_client"] = max(of_clients.values())
+            values["epsilon/median_client"] = float(np.median(list(of_clients.values())))
+        if self.plan.central and self.plan.options.clipping.mode == "adaptive":
+            values["clipping_norm"] = self.norm
+        # A noise of zero is worth nothing, which JSON has no number for: it is in privacy.json.
+        return [
+            Record(round=round_, metric=name, value=value, split="privacy")
+            for name, value in values.items()
+            if np.isfinite(value)
+        ]
+
+    def sentence(self) -> str:
+        """Return the claim of the run so far, as it is printed."""
+        if self.plan.active:
+            return self.ledger.claim.sentence(self.ledger.epsilon())
+        if self.plan.options.swing.map != "off":
+            return statement(self.plan.options.swing)
+        return "no privacy mechanism was used; nothing is claimed (epsilon: inf)"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes over rounds, as JSON."""
+        if not self.plan.active:
+            return {}
+        return {"ledger": self.ledger.state_dict(), "norm": self.norm}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: it is not what :meth:`state_dict` makes.
+        """
+        if not self.plan.active:
+            return
+        try:
+            self.ledger.load_state_dict(state["ledger"])
+            self.norm = float(state["norm"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the privacy ledger cannot be read: {error!r}") from error
+
+
+def declared(payload: Payload | None, round_: int) -> Payload:
+    """Return a payload that is there.
+
+    Raises:
+        RunError: the strategy declares nothing for this round.
+    """
+    if payload is None:
+        raise RunError(
+            f"the strategy does not declare what is uploaded in round {round_}, so that no privacy "
+            "mechanism can cover it"
+        )
+    return payload
+
+
+def check_covered(arrays: Arrays, payload: Payload, who: str) -> None:
+    """Refuse an upload that holds what no mechanism covers.
+
+    Raises:
+        RunError: names the array.
+    """
+    known = keys_of(payload)
+    for key in arrays:
+        if key not in known and not any(key.startswith(f"{p}/") for p in prefixes_of(payload)):
+            raise RunError(f"{who} uploads {key!r}, which no privacy mechanism covers")
+
+
+def keys_of(payload: Payload) -> set[str]:
+    """Return the keys of arrays that a payload names one by one."""
+    keys: set[str] = set()
+    for part in payload:
+        match part:
+            case Weights():
+                keys |= set(part.reference)
+            case Scores() | Histogram():
+                keys.add(part.key)
+    return keys
+
+
+def prefixes_of(payload: Payload) -> list[str]:
+    """Return the prefixes below which a payload's tables lie."""
+    return [part.prefix for part in payload if isinstance(part, Table)]

@@ -1,0 +1,156 @@
+"""From an experiment to its privacy plan: what the strategy releases, against what is claimed."""
+
+from __future__ import annotations
+
+from fedkd.clients.dp_sgd import dp_problems, rate_of, steps_of
+from fedkd.config import Experiment
+from fedkd.errors import ConfigError
+from fedkd.privacy.options import Privacy
+from fedkd.privacy.payload import Histogram, Payload, Scores, Table, Weights
+from fedkd.privacy.plan import Population, PrivacyPlan, make_plan
+from fedkd.rng import stream
+from fedkd.strategies.base import Setting, Strategy
+from fedkd.types import ClientInfo
+
+
+def plan_for(experiment: Experiment, strategy: Strategy, setting: Setting) -> PrivacyPlan:
+    """Return the privacy plan of a run.
+
+    Raises:
+        ConfigError: the mechanism does not fit the strategy, the networks or the federation; all
+            reasons are listed.
+    """
+    options = experiment.privacy
+    payload = _payload(options, strategy, setting)
+    found: list[str] = []
+    if options.unit == "client":
+        found = _client_level(options, strategy, setting, payload)
+    elif options.unit == "example":
+        found = _example_level(experiment, strategy, setting, payload)
+    if found:
+        raise ConfigError("\n".join(found))
+    return make_plan(options, population(experiment, strategy, setting, payload))
+
+
+def population(
+    experiment: Experiment, strategy: Strategy, setting: Setting, payload: Payload
+) -> Population:
+    """Return the public facts that the cost of a mechanism follows from.
+
+    Participation is drawn from the seed alone, so who takes part when is known before round 1 and
+    tells nothing of anybody's data.
+    """
+    training, participation = experiment.clients.training, experiment.clients.participation
+    ids = [c.id for c in setting.clients]
+    turns = dict.fromkeys(ids, experiment.rounds if strategy.pooled else 0)
+    if experiment.privacy.unit != "none" and not strategy.pooled:
+        for round_ in range(1, experiment.rounds + 1):
+            for k in participation.cohort(experiment.seed, round_, ids):
+                turns[k] += 1
+    sizes = [c.examples for c in setting.clients]
+    if strategy.pooled:
+        # The pseudo-client trains on everybody's examples.
+        sizes = [sum(sizes)] * len(sizes)
+    fits = strategy.fits(training)
+    return Population(
+        scheme="full" if strategy.pooled else participation.scheme,
+        ratio=participation.ratio,
+        rounds=experiment.rounds,
+        examples=tuple(sizes),
+        turns=tuple(turns[k] for k in ids),
+        fits=tuple(tuple((rate_of(f, n), steps_of(f, n)) for f in fits if n) for n in sizes),
+        tables=sum(isinstance(part, Table | Histogram) for part in payload),
+        weights=any(isinstance(part, Weights) for part in payload),
+        public=setting.public is not None,
+    )
+
+
+def _payload(options: Privacy, strategy: Strategy, setting: Setting) -> Payload:
+    if options.unit == "none":
+        return ()
+    state = strategy.init(setting, stream(setting.seed, "server", "init"))
+    payload = _declared(strategy, state, setting.clients[0], setting)
+    if payload is None:
+        raise ConfigError(
+            f"privacy.unit = {options.unit!r}: with these options the strategy uploads what no "
+            "mechanism covers (single examples' features, statistics, factors), so that nothing "
+            "could be claimed; set privacy = 'none', or use a strategy whose uploads are weights, "
+            "scores of a public pool or class means (fedavg, fedd2s, fd, fedproto, fedmd)"
+        )
+    return payload
+
+
+def _declared(
+    strategy: Strategy, state: dict, client: ClientInfo, setting: Setting
+) -> Payload | None:
+    received = strategy.broadcast(state, client, 1, setting)
+    return strategy.declare(received, client, 1, setting)
+
+
+def _client_level(
+    options: Privacy, strategy: Strategy, setting: Setting, payload: Payload
+) -> list[str]:
+    if strategy.pooled:
+        return [
+            "privacy.unit = 'client': this strategy trains on everybody's data in one place, where "
+            "no client is apart from others; use unit 'example'"
+        ]
+    if options.trust == "local":
+        return []
+    found = [f"privacy.trust = 'central': {why}" for why in strategy.alone(setting)]
+    state = strategy.init(setting, stream(setting.seed, "server", "init"))
+    shapes = {
+        c.model: signature(_declared(strategy, state, c, setting) or ())
+        for c in reversed(setting.clients)
+    }
+    if len(set(shapes.values())) > 1:
+        found.append(
+            f"clients of different architectures ({', '.join(sorted(shapes))}) upload arrays of "
+            "different shapes, which have no common sum; give all clients one model, or use a "
+            "strategy that shares scores or class means (fedmd, fd), or privacy.trust = 'local'"
+        )
+    return found
+
+
+def signature(payload: Payload) -> str:
+    """Return the names and shapes of a payload, by which uploads can be summed or not."""
+    parts = []
+    for part in payload:
+        match part:
+            case Weights():
+                parts.append([(k, v.shape) for k, v in sorted(part.reference.items())])
+            case Scores():
+                parts.append([(part.key, (part.rows, part.classes))])
+            case Table():
+                parts.append([(part.prefix, tuple(sorted(part.fields.items())))])
+            case Histogram():
+                parts.append([(part.key, (part.classes,))])
+    return repr(parts)
+
+
+def _example_level(
+    experiment: Experiment, strategy: Strategy, setting: Setting, payload: Payload
+) -> list[str]:
+    found = [f"privacy.unit = 'example': {why}" for why in strategy.coupled()]
+    frozen = experiment.privacy.release.mode == "frozen-encoder"
+    for label in setting.book.labels:
+        model = setting.book.make(label)
+        if not frozen:
+            found += [f"model {label!r}: {why}" for why in dp_problems(model)]
+        if frozen:
+            missing = [b for b in model.block_names if b not in experiment.clients.training.frozen]
+            if missing:
+                found.append(
+                    f"privacy.release.mode = 'frozen-encoder', but model {label!r} trains "
+                    f"{', '.join(missing)}: features of an encoder that was trained on the same "
+                    "records have no epsilon; name them in clients.training.frozen, or use "
+                    "mode = 'dpsgd+release'"
+                )
+    if frozen and any(
+        not isinstance(part, Table) or set(part.fields) != {"features"} for part in payload
+    ):
+        found.append(
+            "privacy.release.mode = 'frozen-encoder' covers class means of features only; weights "
+            "and soft labels depend on the trained head: use mode = 'dpsgd+release'"
+        )
+    return found

@@ -1,0 +1,47 @@
+"""What an epsilon does not cover, in words: printed beside it, so that nobody has to guess."""
+
+from __future__ import annotations
+
+from fedkd.privacy.options import Privacy
+
+ALWAYS = (
+    "metrics in the run folder (losses, accuracies): computed on clients' data without noise",
+    "checkpoints in the run folder: they hold every client's own state",
+    "choices made by looking at private data: hyper-parameters, the round to stop at",
+    "the noise itself: drawn from the run's seed, so that a run can be repeated; whoever knows the "
+    "seed can subtract it, and floating-point attacks are not defended against",
+)
+
+
+def uncovered(options: Privacy, weights: bool, public: bool) -> tuple[str, ...]:
+    """Return what the mechanism of ``options`` leaves open.
+
+    ``weights`` says whether weights travel, ``public`` whether there is a public pool.
+    """
+    if options.unit == "none":
+        return ()
+    found: list[str] = []
+    if options.unit == "client":
+        if options.trust == "central":
+            found.append("the server: it is trusted, and reads every upload in the clear")
+            found.append("who takes part, towards the server and whoever sees its connections")
+        else:
+            found.append("who takes part and when: every upload is seen by itself")
+        found.append("the number of clients and the expected cohort: treated as public")
+        found.append(
+            "what a client keeps (personal blocks, its own network): made of its own data without "
+            "noise, and covered only as long as nobody else gets it"
+        )
+    else:
+        found.append("how many training examples each client has: treated as public")
+        found.append("who takes part and when; that all of a client's examples belong together")
+        found.append("networks fine-tuned for judging: trained without noise and never sent")
+        if options.release.mode == "frozen-encoder":
+            found.append("clients' own heads: trained without noise and never sent")
+        if weights:
+            found.append("examples held by several clients: the units are a client's examples")
+    if public:
+        found.append("the public pool: treated as public, wherever it was taken from")
+    if options.swing.map != "off":
+        found.append("the temperatures of swing distillation: a heuristic without an epsilon")
+    return (*found, *ALWAYS)
