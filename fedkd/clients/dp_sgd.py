@@ -217,10 +217,10 @@ def private(
         """Draws noise from the whole 128-bit address: a torch seed on the CPU has 32 bits only."""
 
         def add_noise(self) -> None:
-            multiplier, self.noise_multiplier = self.noise_multiplier, 0.0
+            self.noise_multiplier = 0.0
             super().add_noise()
-            self.noise_multiplier = multiplier
-            std = multiplier * self.max_grad_norm
+            self.noise_multiplier = dp.noise_multiplier
+            std = dp.noise_multiplier * norm
             for p in self.params if std else ():
                 drawn = noise.standard_normal(p.numel(), dtype=np.float32)
                 p.grad += std * torch.from_numpy(drawn).to(p).view_as(p)

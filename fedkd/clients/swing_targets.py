@@ -24,22 +24,24 @@ class SwingTargets:
     ``noise`` (n,): standard deviation of the noise on each class of an item's target, for a client
     on its own training examples, for the server on the public pool; None adds none. ``clip``:
     centred logits are clipped to [-C, C] where there is noise. ``rescale``: the loss of an item
-    keeps its factor T^2.
+    keeps its factor T^2. ``weights`` (n,): what an item's distillation counts; None: all the same.
     """
 
     noise: Tensor | None = None
     clip: float = 5.0
     rescale: bool = True
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Softening:
-    """Temperatures (n,), noise (n,) and options of the items at hand; made by :func:`softening`."""
+    """Temperatures, noise, weights (n,) and options of the items at hand, by :func:`softening`."""
 
     temperatures: Tensor
     noise: Tensor | None
     clip: float
     rescale: bool
+    weights: Tensor | None = None
 
     def of_logits(self, logits: Tensor, rng: Rng) -> Tensor:
         """Return the targets (n, C) of teacher logits (n, C), as constants."""
@@ -87,4 +89,5 @@ def softening(
         return (values if index is None else values[index.to(values.device)]).to(device)
 
     std = chosen(swing.noise) if noise and swing.noise is not None else None
-    return Softening(chosen(temperatures), std, swing.clip, swing.rescale)
+    weights = None if swing.weights is None else chosen(swing.weights).float()
+    return Softening(chosen(temperatures), std, swing.clip, swing.rescale, weights)

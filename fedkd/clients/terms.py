@@ -76,7 +76,8 @@ class Distil(Term):
     example without a target (an absent class) contributes nothing: its loss is masked, and not
     that against a target of zeros. Targets are constants: no gradient reaches a teacher.
     ``temperature`` is one number, or (n,) of one for each training example. Without ``rescale`` the
-    loss lacks the factor T^2: an example counts the less, the hotter it is taught.
+    loss lacks the factor T^2: an example counts the less, the hotter it is taught. ``counts`` (n,)
+    multiplies the loss of each training example (none: 1), without making up for it elsewhere.
     """
 
     name = "distil"
@@ -90,10 +91,12 @@ class Distil(Term):
         head: nn.Module | None = None,
         block: str = "",
         rescale: bool = True,
+        counts: Tensor | None = None,
     ) -> None:
         self.objective, self.targets = objective, targets
         self.temperature, self.weight = temperature, weight
         self.head, self.block, self.rescale = head, block, rescale
+        self.counts = counts
 
     def __call__(self, batch: Batch) -> Tensor:
         probs, mask = self.targets(batch.y, batch.index)
@@ -103,6 +106,8 @@ class Distil(Term):
         loss = self.objective(logits, probs, temperature)
         if not self.rescale:
             loss = loss / squared(temperature, loss)
+        if self.counts is not None:
+            loss = loss * self.counts[batch.index]
         return torch.where(mask, loss, torch.zeros_like(loss))
 
     def at(self) -> frozenset[str]:

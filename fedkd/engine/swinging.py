@@ -10,7 +10,7 @@ from fedkd.clients.swing_targets import SwingTargets
 from fedkd.config import Experiment
 from fedkd.data.federated import Split
 from fedkd.errors import ConfigError
-from fedkd.privacy.swing import SwingPlan
+from fedkd.privacy.swing import Items, SwingPlan
 from fedkd.rng import stream
 from fedkd.strategies.base import Setting, Strategy, strategies
 
@@ -48,18 +48,22 @@ def with_pool(setting: Setting, plan: SwingPlan | None, strategy: Strategy) -> S
             # Once and before any client is there: their own examples are compared with these.
             plan.of_pool()
         return replace(setting, swing=_targets(plan))
-    temperatures, noise = plan.of_pool()
-    targets = replace(_targets(plan), noise=noise if plan.swing.noise else None)
-    return replace(setting, swing=targets, public_temperatures=temperatures)
+    items = plan.of_pool()
+    return replace(setting, swing=_targets(plan, items), public_temperatures=items.temperatures)
 
 
 def own(plan: SwingPlan, data: Split) -> tuple[SwingTargets, Tensor]:
     """Return how a client's targets are made, and the temperatures of its own examples (n,)."""
     if len(data) == 0:
         return _targets(plan), data.y.new_zeros(0).double()
-    temperatures, noise = plan.of_data(data)
-    return replace(_targets(plan), noise=noise if plan.swing.noise else None), temperatures
+    items = plan.of_data(data)
+    return _targets(plan, items), items.temperatures
 
 
-def _targets(plan: SwingPlan) -> SwingTargets:
-    return SwingTargets(clip=plan.release.logit_clip, rescale=plan.swing.rescale)
+def _targets(plan: SwingPlan, items: Items | None = None) -> SwingTargets:
+    return SwingTargets(
+        noise=items.noise if items is not None and plan.swing.noise else None,
+        clip=plan.release.logit_clip,
+        rescale=plan.swing.rescale,
+        weights=None if items is None else items.weights,
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import dataclasses
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -93,6 +94,9 @@ class Swing:
     scorer: Annotated[
         str, Field(description="what says how private an item is, see fedkd list scorers")
     ] = "knn"
+    scorer_options: Annotated[
+        dict[str, Any], Field(description="options of the scorer, as in { k = 5 }")
+    ] = dataclasses.field(default_factory=dict)
     t_min: Annotated[Positive, Field(description="temperature where p = 0")] = 1.0
     t_max: Annotated[Positive, Field(description="temperature where p = 1")] = 10.0
     gamma: Annotated[Positive, Field(description="T = t_min + (t_max - t_min) p^gamma")] = 1.0
@@ -101,6 +105,10 @@ class Swing:
         Field(description="std of noise on targets, in units of the sensitivity at T"),
     ] = 0.0
     rescale: Annotated[bool, Field(description="multiply an item's loss by its T^2")] = True
+    weights: Annotated[
+        Literal["equal", "open"],
+        Field(description="weight of an item's distillation: 1, or 1 - p, less where private"),
+    ] = "equal"
 
 
 @options

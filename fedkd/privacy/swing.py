@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,6 +116,14 @@ def targets(
     return noised(logits, temperatures, clip, std, rng)
 
 
+class Items(NamedTuple):
+    """T (n,) and sigma (n,), float64, and where not all count alike the loss weights (n,)."""
+
+    temperatures: Tensor
+    noise: Tensor
+    weights: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class SwingPlan:
     """Temperatures and noise of a run's items, by one scorer; the pool is scored once.
@@ -129,8 +138,8 @@ class SwingPlan:
     rng: Rng
     scorer: Scorer | None = None
 
-    def of_pool(self) -> tuple[Tensor, Tensor]:
-        """Return T (n,) and sigma (n,) of the public pool.
+    def of_pool(self) -> Items:
+        """Return temperatures, noise and weights of the public pool.
 
         Raises:
             ConfigError: there is no pool, or the scorer cannot score it.
@@ -141,8 +150,8 @@ class SwingPlan:
         scorer, scores = self._scorer, self._scores
         return self._made(likelihood(scores) if scorer.ranked else scores, not scorer.private)
 
-    def of_data(self, data: Split) -> tuple[Tensor, Tensor]:
-        """Return T (n,) and sigma (n,) of examples that are not public, such as a client's own.
+    def of_data(self, data: Split) -> Items:
+        """Return the same of examples that are not public, such as a client's own.
 
         Their temperatures are ranks among the scores of the pool, so that T_i depends on example i
         and on public data alone. It does depend on a private example, though: noise is that of the
@@ -158,10 +167,11 @@ class SwingPlan:
         p = likelihood(scores, reference=self._scores) if scorer.ranked else scores
         return self._made(p, public=False)
 
-    def _made(self, p: Tensor, public: bool) -> tuple[Tensor, Tensor]:
+    def _made(self, p: Tensor, public: bool) -> Items:
         t = temperatures(p, self.swing)
         clip = self.release.logit_clip
-        return t, deviations(t, self.swing, self.task.classes, clip, public)
+        noise = deviations(t, self.swing, self.task.classes, clip, public)
+        return Items(t, noise, 1.0 - p.double() if self.swing.weights == "open" else None)
 
     def _pool(self, does: str) -> Split:
         if self.pool is None or len(self.pool) == 0:
@@ -173,7 +183,11 @@ class SwingPlan:
 
     @cached_property
     def _scorer(self) -> ExampleScorer:
-        scorer = self.scorer or build(scorers.get(self.swing.scorer), {}, "privacy.swing.scorer")
+        scorer = self.scorer or build(
+            scorers.get(self.swing.scorer),
+            self.swing.scorer_options,
+            "privacy.swing.scorer_options",
+        )
         if not isinstance(scorer, ExampleScorer):
             raise ConfigError(
                 f"privacy.swing.scorer = {self.swing.scorer!r} scores tokens of text, but an input "
@@ -195,8 +209,8 @@ def prepare_swing(
     task: Task,
     rng: Rng,
     scorer: Scorer | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return T (n,) and sigma (n,), float64, of ``data``, or of the public pool where it is None.
+) -> Items:
+    """Return what swing distillation needs of ``data``, or of the public pool where it is None.
 
     One call of :class:`SwingPlan`, which scores the pool once for many clients.
 

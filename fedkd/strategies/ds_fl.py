@@ -111,8 +111,9 @@ class DsFl(PublicExchange):
 
     def lesson(self, consensus: Tensor, swing: Softening | None = None) -> Term:
         at, rescale = (1.0, True) if swing is None else (swing.temperatures, swing.rescale)
-        targets = SampleTargets(consensus)
-        return Distil(objectives.get(self.objective)(), targets, at, 1.0, rescale=rescale)
+        counts = None if swing is None else swing.weights
+        objective, targets = objectives.get(self.objective)(), SampleTargets(consensus)
+        return Distil(objective, targets, at, 1.0, rescale=rescale, counts=counts)
 
     def aggregate(
         self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
@@ -136,6 +137,7 @@ class DsFl(PublicExchange):
             objective=objectives.get(self.objective)(),
             temperature=1.0 if swing is None else swing.temperatures,
             rescale=swing is None or swing.rescale,
+            weights=None if swing is None else swing.weights,
             training=Training(
                 epochs=self.server_epochs, batch_size=self.server_batch_size, lr=self.server_lr
             ),

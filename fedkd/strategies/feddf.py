@@ -119,10 +119,11 @@ class FedDF(DataFree):
                 objective=self.criterion(),
                 temperature=at,
                 rescale=swing is None or swing.rescale,
+                weights=None if swing is None else swing.weights,
                 training=self.student_training(),
                 rng=self.stream(setting, round_, "distil", label),
             )
-            metrics[f"server/distil/{label}"] = result.losses["distil"]
+            metrics[f"server/distil/{label}"] = sum(result.losses.values())
         return kept, metrics
 
     def _generated(

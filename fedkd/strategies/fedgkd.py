@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -13,8 +13,9 @@ from fedkd.clients.local import Term
 from fedkd.clients.swing_targets import softening
 from fedkd.clients.teacher_terms import LogitMatch, teacher_logits
 from fedkd.clients.terms import Distil, Supervised
-from fedkd.distill.objectives.kl import KullbackLeibler
+from fedkd.distill.objectives.base import objectives
 from fedkd.distill.targets import SampleTargets
+from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet
 from fedkd.options import Count, NonNegative, Positive, options
 from fedkd.strategies.averaging import LAST_ROUND, ModelAveraging, average
@@ -46,12 +47,17 @@ class FedGKD(ModelAveraging):
         Count, Field(description="M, how many of the last global models the teacher is the mean of")
     ] = 5
     objective: Annotated[
-        Literal["kl", "mse"], Field(description="divergence of predictions, or distance of logits")
+        str, Field(description="a distillation objective, see fedkd list, or mse between logits")
     ] = "kl"
     temperature: Annotated[Positive, Field(description="T of student and teacher under kl")] = 1.0
 
     def problems(self, setting: Setting) -> list[str]:
         found = super().problems(setting)
+        if self.objective != "mse":
+            try:
+                objectives.get(self.objective)
+            except ConfigError as error:
+                found.append(f"strategy.objective: {error}, or mse")
         if setting.swing is not None and self.objective == "mse":
             found.append(
                 "privacy.swing softens predictions, but strategy.objective = 'mse' compares "
@@ -68,14 +74,17 @@ class FedGKD(ModelAveraging):
         logits = teacher_logits(client.model(weights) if weights else model, client.data.train)
         if self.objective == "mse":
             return [*terms, LogitMatch(logits, self.coefficient)]
+        objective = objectives.get(self.objective)()
         swing = softening(client.swing, client.temperatures, device=client.device)
         if swing is not None:
             targets = SampleTargets(swing.of_logits(logits, client.rng("swing")))
             at, rescale = swing.temperatures, swing.rescale
-            distil = Distil(KullbackLeibler(), targets, at, self.coefficient, rescale=rescale)
+            distil = Distil(
+                objective, targets, at, self.coefficient, rescale=rescale, counts=swing.weights
+            )
             return [*terms, distil]
         targets = SampleTargets(soften(logits, self.temperature))
-        return [*terms, Distil(KullbackLeibler(), targets, self.temperature, self.coefficient)]
+        return [*terms, Distil(objective, targets, self.temperature, self.coefficient)]
 
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         teacher = prefixed("teacher", select(state, "teacher"))

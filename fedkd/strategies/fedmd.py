@@ -110,7 +110,9 @@ class FedMD(PublicExchange):
         objective = objectives.get(self.digest_loss)()
         at = self.temperature if swing is None else swing.temperatures
         rescale = swing is None or swing.rescale
-        return Distil(objective, SampleTargets(consensus), at, 1.0, rescale=rescale)
+        counts = None if swing is None else swing.weights
+        targets = SampleTargets(consensus)
+        return Distil(objective, targets, at, 1.0, rescale=rescale, counts=counts)
 
     def at(self, rows: int) -> np.ndarray | None:
         if self.digest_loss in DISTANCES or self.fusion == "mean-logits":

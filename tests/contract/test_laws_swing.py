@@ -104,7 +104,7 @@ def swung(tiny, play, tmp_path_factory):
         def made(noise):
             return SwingTargets(noise if swing.noise else None, 5.0, swing.rescale)
 
-        heat, noise = plan.of_pool()
+        heat, noise, _ = plan.of_pool()
         setting = replace(setting, swing=made(noise), public_temperatures=heat)
         folder = RunFolder(tmp_path_factory.mktemp("swing") / "run")
         run = Run(replace(prepared, setting=setting), folder)
@@ -112,7 +112,7 @@ def swung(tiny, play, tmp_path_factory):
 
         def client(context, round_):
             found = as_usual(context, round_)
-            found.temperatures, noise = plan.of_data(found.data.train)
+            found.temperatures, noise, _ = plan.of_data(found.data.train)
             found.public_temperatures, found.swing = heat, made(noise)
             return found
 

@@ -356,35 +356,35 @@ def pool(n=40, seed=0):
 
 def test_prepared_temperatures_of_the_pool_and_of_clients():
     options = swing(noise=0.5)
-    t, std = prepare_swing(options, Release(logit_clip=2.0), pool(), None, TASK, RNG)
+    t, std, _ = prepare_swing(options, Release(logit_clip=2.0), pool(), None, TASK, RNG)
     scores = NearestNeighbours().score_public(pool(), TASK, RNG)
     assert torch.equal(t, temperatures(likelihood(scores), options))
     assert std.tolist() == pytest.approx([0.5 * diameter(5, 2.0, float(v)) for v in t])
     data = pool(seed=1)
-    own, paid = prepare_swing(options, Release(logit_clip=2.0), pool(), data, TASK, RNG)
+    own, paid, _ = prepare_swing(options, Release(logit_clip=2.0), pool(), data, TASK, RNG)
     assert own.shape == (40,) and float(own.max()) <= 9
     assert paid.tolist() == pytest.approx([0.5 * diameter(5, 2.0, 1.0)] * 40)
     few = Split(data.x[:3], data.y[:3])
-    alone, _ = prepare_swing(options, Release(), pool(), few, TASK, RNG)
+    alone, _, _ = prepare_swing(options, Release(), pool(), few, TASK, RNG)
     assert torch.equal(alone, own[:3])
 
 
 def test_a_scorer_that_says_it_is_private_is_paid_for_at_the_coldest():
     options = swing(noise=1.0)
     scorer = NearestNeighbours(private=True)
-    t, std = prepare_swing(options, Release(), pool(), None, TASK, RNG, scorer)
+    t, std, _ = prepare_swing(options, Release(), pool(), None, TASK, RNG, scorer)
     assert len(t.unique()) == 40
     assert std.tolist() == pytest.approx([diameter(5, 5.0, 1.0)] * 40)
 
 
 def test_declared_items_take_the_ends_of_the_range():
-    t, _ = prepare_swing(swing(), Release(), pool(), None, TASK, RNG, Mask(indices=(1, 3)))
+    t, _, _ = prepare_swing(swing(), Release(), pool(), None, TASK, RNG, Mask(indices=(1, 3)))
     assert t.tolist() == [9.0 if i in (1, 3) else 1.0 for i in range(40)]
 
 
 def test_a_constant_temperature_needs_no_pool_and_no_scorer():
     options = swing("constant", noise=1.0, scorer="nonsense")
-    t, std = prepare_swing(options, Release(), None, pool(), TASK, RNG)
+    t, std, _ = prepare_swing(options, Release(), None, pool(), TASK, RNG)
     assert t.tolist() == [9.0] * 40
     assert std.tolist() == pytest.approx([diameter(5, 5.0, 9.0)] * 40)
 
