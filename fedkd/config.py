@@ -309,9 +309,19 @@ def _with_preset(table: Table, kind: str, workspace: Path | None) -> Table:
     if found is None:
         return table
     rest = {k: v for k, v in given.items() if k != key}
+    if kind == "privacy":
+        _one_of_three(found, rest)
     for path, value in rest.items():
         override(found, path, value)
     return {**table, kind: found}
+
+
+def _one_of_three(preset: Table, given: Table) -> None:
+    """Let what is given displace one of epsilon, noise and delta in a preset: each follows."""
+    three = ("epsilon", "noise_multiplier", "delta")
+    if all(name in preset or name in given for name in three):
+        displaced = next((name for name in three if name in preset and name not in given), None)
+        preset.pop(displaced or "", None)
 
 
 def _plain(value: Any) -> Any:

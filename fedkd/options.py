@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform, get_type_hints
 
 import pydantic
@@ -72,7 +72,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     try:
         return cast(T, _adapter(cast(Any, cls)).validate_python(dict(values)))
     except pydantic.ValidationError as error:
-        raise ConfigError(explain(error, where)) from None
+        raise ConfigError(explain(error, where, cls)) from None
 
 
 def _refuse_coercion(cls: Any, values: Mapping[str, Any], where: str) -> None:
@@ -92,16 +92,31 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def explain(error: pydantic.ValidationError, where: str = "") -> str:
+def explain(error: pydantic.ValidationError, where: str = "", cls: type | None = None) -> str:
     """Say in one line for each problem which key is wrong, what it was and what is allowed."""
     lines = []
     for problem in error.errors(include_url=False):
+        if problem["type"] == "unexpected_keyword_argument" and cls is not None:
+            *parents, key = (str(p) for p in problem["loc"])
+            names = _names_at(cls, parents)
+            place = ".".join(p for p in (where, *parents, key) if p)
+            allowed = f" (allowed: {', '.join(names)})" if names else ""
+            lines.append(f"unknown key {place!r}{nearest(key, names)}{allowed}")
+            continue
         path = ".".join(str(p) for p in problem["loc"] if not str(p).startswith("function-"))
         path = ".".join(p for p in (where, path) if p)
         shown = problem["input"]
         text = problem["msg"].removeprefix("Value error, ")
         lines.append(f"{path} = {shown!r}: {text}" if problem["loc"] else f"{path}: {text}")
     return "\n".join(lines)
+
+
+def _names_at(cls: type, path: Sequence[str]) -> list[str]:
+    """Return the option names of the class that lies at ``path`` below ``cls``."""
+    found: Any = cls
+    for part in path:
+        found = get_type_hints(found).get(part) if dataclasses.is_dataclass(found) else None
+    return [f.name for f in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,14 @@ from fedkd.config import Component, Experiment, override, parse
 from fedkd.errors import ConfigError, nearest, unknown
 from fedkd.options import OptionDoc, build, describe
 from fedkd.presets import card, places, preset, preset_names
+from fedkd.privacy.options import Privacy
 from fedkd.registry import Registry
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PRESETS = {"clients": "clients", "privacy": "privacy", "strategy presets": "strategy"}
-CONFIG = ("experiment", "config")
+CONFIG = ("experiment", "config", "privacy")
 LIST_WIDTH = 200
 
 
@@ -47,6 +48,7 @@ def registries(workspace: Path) -> dict[str, Registry[Any]]:
     from fedkd.engine.registries import executors
     from fedkd.engine.setup import load_workspace
     from fedkd.models.registries import models
+    from fedkd.privacy.scorers.base import scorers
     from fedkd.strategies.base import strategies
 
     load_workspace(workspace)
@@ -57,6 +59,7 @@ def registries(workspace: Path) -> dict[str, Registry[Any]]:
         "models": models,
         "objectives": objectives,
         "fusions": fusions,
+        "scorers": scorers,
         "executors": executors,
     }
 
@@ -95,8 +98,7 @@ def show_name(name: str, preview: Preview, workspace: Path) -> None:
     """
     console = screen()
     if name in CONFIG:
-        console.print("Every key of an experiment file; on the command line key.sub=value.\n")
-        console.print(_options_table(list(_keys(Experiment))))
+        _show_keys(console, name, workspace)
         return
     known = registries(workspace)
     kinds = [kind for kind, registry in known.items() if name in registry.names()]
@@ -116,6 +118,25 @@ def show_name(name: str, preview: Preview, workspace: Path) -> None:
         _show_preset(console, kind, name, workspace)
     if wanted:
         _preview(console, name, preview)
+
+
+def _show_keys(console: Console, name: str, workspace: Path) -> None:
+    """Print every key of an experiment file, or of its table ``privacy`` with its presets."""
+    private = name == "privacy"
+    what = "the table privacy of an experiment file" if private else "an experiment file"
+    console.print(f"Every key of {what}; on the command line key.sub=value.\n")
+    console.print(
+        _options_table(list(_keys(Privacy, "privacy.") if private else _keys(Experiment)))
+    )
+    if private:
+        names = preset_names("privacy", workspace)
+        console.print("Presets", style="bold")
+        console.print(grid([(n, _comment("privacy", n, workspace)) for n in names]))
+        console.print(
+            "\nUse one: fedkd run FILE.toml privacy=NAME; change it: privacy.epsilon=4; try it: "
+            "fedkd doctor FILE.toml privacy=NAME",
+            style="dim",
+        )
 
 
 def _show_component(console: Console, kind: str, name: str, cls: type, workspace: Path) -> None:
@@ -141,9 +162,11 @@ def _show_component(console: Console, kind: str, name: str, cls: type, workspace
         "partitions": "data.partition",
         "models": "model",
         "executors": "engine.executor",
+        "scorers": "privacy.swing.scorer",
     }.get(kind)
     if key:
-        shown = f" {key}.{docs[0].name}=..." if docs and kind != "executors" else ""
+        table = "privacy.swing.scorer_options" if kind == "scorers" else key
+        shown = f" {table}.{docs[0].name}=..." if docs and kind != "executors" else ""
         console.print(f"\nUse it: fedkd run FILE.toml {key}={name}{shown}", style="dim")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedkd.cli.places import RUNS, read
+from fedkd.cli.privacy_check import findings
 from fedkd.cli.screen import grid, screen
 from fedkd.config import Component, Experiment
 from fedkd.data.registries import partitions, sources
@@ -24,7 +25,6 @@ from fedkd.engine.setup import load_workspace, make_strategy, pick_device, prepa
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.models.registries import models
 from fedkd.options import build
-from fedkd.presets import preset
 from fedkd.versions import versions
 
 LOW_SPACE = 1e9
@@ -43,10 +43,13 @@ def doctor(arguments: Sequence[str], workspace: Path) -> int:
     wrong = [] if writable(workspace / RUNS) else [f"cannot write to {workspace / RUNS}"]
     if arguments:
         console.print("\nexperiment", style="bold")
-        checked = list(problems(arguments, workspace))
+        checked, private = problems(arguments, workspace)
         wrong += checked
         if not checked:
             console.print("  everything works together")
+        for lines, labels in private.items():
+            console.print(f"\nprivacy of {', '.join(labels)}", style="bold")
+            console.print(grid(lines))
     for problem in wrong:
         console.print(f"  problem: {problem}", style="red", soft_wrap=True)
     return 2 if wrong else 0
@@ -77,25 +80,48 @@ def found(name: str) -> str:
     return missing or "at hand"
 
 
-def problems(arguments: Sequence[str], workspace: Path) -> Iterator[str]:
-    """Return everything in an experiment that cannot work, each once, with the runs it is in."""
+Findings = tuple[tuple[str, str], ...]
+
+
+def problems(
+    arguments: Sequence[str], workspace: Path
+) -> tuple[list[str], dict[Findings, list[str]]]:
+    """Return what in an experiment cannot work, and what is planned about privacy in what can.
+
+    Each problem once, with the runs it is in; each privacy plan with the runs that have it.
+    """
     try:
-        experiment = read(arguments, workspace)
+        experiment, found = _read(arguments, workspace)
         cells = {cell.label: cell.experiment for cell in experiment.cells(workspace)}
     except FedkdError as error:
-        yield str(error)
-        return
+        return [str(error)], {}
     reasons: dict[str, list[str]] = {}
+    private: dict[Findings, list[str]] = {}
     for label, config in cells.items():
-        for reason in _of(config):
+        why, planned = _of(config)
+        for reason in why:
             reasons.setdefault(reason, []).append(label)
+        if planned:
+            private.setdefault(planned, []).append(label)
     for reason, labels in reasons.items():
         everywhere = len(labels) == len(cells)
-        yield reason if everywhere else f"in {', '.join(map(repr, labels))}: {reason}"
+        found.append(reason if everywhere else f"in {', '.join(map(repr, labels))}: {reason}")
+    return found, private
 
 
-def _of(config: Experiment) -> list[str]:
-    """Return the problems of one run: of its parts, or else of the whole."""
+def _read(arguments: Sequence[str], workspace: Path) -> tuple[Experiment, list[str]]:
+    """Return the experiment, without its privacy if that alone cannot be read, and why not."""
+    try:
+        return read(arguments, workspace), []
+    except FedkdError as error:
+        try:
+            return read([*arguments, "privacy=none"], workspace), [str(error)]
+        except FedkdError:
+            raise error from None
+
+
+def _of(config: Experiment) -> tuple[list[str], Findings]:
+    """Return the problems of one run, of its parts or else of the whole, and its privacy plan."""
     data, engine = config.data, config.engine
 
     def at_hand(component: Component | None, where: str) -> None:
@@ -116,11 +142,12 @@ def _of(config: Experiment) -> list[str]:
             lambda m=m: build(models.get(m.name), m.options, "model")
             for m in config.clients.models or (config.model,)
         ),
-        lambda: preset("privacy", config.privacy),
         lambda: pick_device(engine.device),
         lambda: make_executor(engine.executor, engine.workers or None),
     ]
-    return _failing(parts) or _failing([lambda: prepare(config)])
+    planned: list[tuple[str, str]] = []
+    why = _failing(parts) or _failing([lambda: planned.extend(findings(prepare(config)))])
+    return why, tuple(planned)
 
 
 def _failing(parts: Sequence[Callable[[], Any]]) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from fedkd.clients.dp_sgd import dp_problems, rate_of, steps_of
 from fedkd.config import Experiment
 from fedkd.errors import ConfigError
+from fedkd.privacy.client_level import ClientLevel
 from fedkd.privacy.options import Privacy
 from fedkd.privacy.payload import Histogram, Payload, Scores, Table, Weights
-from fedkd.privacy.plan import Population, PrivacyPlan, make_plan
+from fedkd.privacy.plan import Population, PrivacyPlan, make_plan, problems
 from fedkd.rng import stream
 from fedkd.strategies.base import Setting, Strategy
 from fedkd.types import ClientInfo
@@ -27,9 +28,18 @@ def plan_for(experiment: Experiment, strategy: Strategy, setting: Setting) -> Pr
         found = _client_level(options, strategy, setting, payload)
     elif options.unit == "example":
         found = _example_level(experiment, strategy, setting, payload)
+    found += _votes(options, payload)
+    facts = population(experiment, strategy, setting, payload)
+    if options.unit != "none":
+        found += problems(options, facts)
     if found:
         raise ConfigError("\n".join(found))
-    return make_plan(options, population(experiment, strategy, setting, payload))
+    plan = make_plan(options, facts)
+    if options.unit == "client":
+        # What the mechanism itself refuses (no clipping, a count without noise) ends no round.
+        expected = plan.expected() if plan.central else 1.0
+        ClientLevel(options, plan.noise_multiplier).multipliers(payload, expected)
+    return plan
 
 
 def population(
@@ -85,6 +95,19 @@ def _declared(
 ) -> Payload | None:
     received = strategy.broadcast(state, client, 1, setting)
     return strategy.declare(received, client, 1, setting)
+
+
+def _votes(options: Privacy, payload: Payload) -> list[str]:
+    """Refuse votes where nothing is voted on, which would be ignored on the quiet."""
+    votes = options.release.votes
+    scored = not payload or any(isinstance(part, Scores) for part in payload)
+    if votes == "none" or (options.unit == "client" and scored):
+        return []
+    return [
+        f"privacy.release.votes = {votes!r} is for unit 'client' and strategies that upload scores "
+        "of a public pool (fedmd, ds-fl); here are none: set privacy.release.votes = 'none', or "
+        "use such a strategy"
+    ]
 
 
 def _client_level(

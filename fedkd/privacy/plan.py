@@ -6,6 +6,7 @@ sampling rate, against which neighbours, and what stays uncovered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -166,6 +167,8 @@ def make_plan(options: Privacy, population: Population) -> PrivacyPlan:
     found = problems(options, population)
     if found:
         raise ConfigError("\n".join(found))
+    if options.delta is not None:
+        _check_delta(options, population, options.delta)
     rate = 1.0
     if options.unit == "client" and options.trust == "central" and population.scheme == "poisson":
         rate = 1.0 if population.everybody else population.ratio
@@ -195,7 +198,7 @@ def _check_none(options: Privacy) -> None:
     given = [f"privacy.{name}" for name, value in asked.items() if value is not None]
     if given:
         raise ConfigError(
-            f"{' and '.join(given)} set, but privacy.unit = 'none' uses no mechanism and claims "
+            f"{' and '.join(given)} given, but privacy.unit = 'none' uses no mechanism and claims "
             "nothing; set privacy.unit = 'client' or 'example', or leave the rest out"
         )
 
@@ -309,7 +312,13 @@ def _client_problems(options: Privacy, population: Population) -> list[str]:
 
 
 def _example_problems(options: Privacy, population: Population) -> list[str]:
-    release, found = options.release, []
+    release, found = options.release, list[str]()
+    clipped = math.isfinite(options.dp_sgd.max_grad_norm)
+    if not clipped and options.noise_multiplier != 0 and release.mode != "frozen-encoder":
+        found.append(
+            "privacy.dp_sgd.max_grad_norm = inf bounds nothing, so no noise hides an example; give "
+            "a finite norm, for instance 1.0, or noise_multiplier = 0, which claims nothing"
+        )
     if population.tables and release.mode == "refuse":
         found.append(
             "this strategy uploads means by class of clients' own examples, which training by "
@@ -355,5 +364,10 @@ def _check_budget(plan: PrivacyPlan) -> None:
     if max(costs.values()) > budget:
         raise ConfigError(
             f"privacy.max_epsilon = {budget:g} does not pay for one round, which costs "
-            f"{max(costs.values()):.3g}; raise it, or privacy.noise_multiplier"
+            f"{max(costs.values()):.3g}; raise it, or "
+            + (
+                "privacy.noise_multiplier"
+                if plan.options.epsilon is None
+                else "set a lower privacy.epsilon, which takes more noise"
+            )
         )

@@ -144,7 +144,7 @@ class SwingPlan:
         Raises:
             ConfigError: there is no pool, or the scorer cannot score it.
         """
-        pool = self._pool("scores it")
+        pool = self._pool("scores its examples")
         if self.swing.map == "constant":
             return self._made(torch.zeros(len(pool)), public=True)
         scorer, scores = self._scorer, self._scores
@@ -198,7 +198,7 @@ class SwingPlan:
 
     @cached_property
     def _scores(self) -> Tensor:
-        return self._scorer.score_public(self._pool("scores it"), self.task, self.rng)
+        return self._scorer.score_public(self._pool("scores its examples"), self.task, self.rng)
 
 
 def prepare_swing(

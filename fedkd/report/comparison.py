@@ -15,6 +15,7 @@ import numpy as np
 
 from fedkd.engine.study import StudyResult
 from fedkd.metrics.intervals import bootstrap_mean, mean_t, paired_t
+from fedkd.report.claims import Claims, claims, spent
 from fedkd.report.runs import RunView, views
 from fedkd.rng import stream
 from fedkd.types import Estimate
@@ -56,6 +57,7 @@ class Comparison:
     rows: list[Row]
     readouts: list[Readout]
     notes: list[str]
+    claims: Claims = field(default_factory=Claims)
 
     def row(self, label: str) -> Row:
         """Return the row of a label."""
@@ -72,7 +74,8 @@ def comparison(study: StudyResult) -> Comparison:
     runs = views(study)
     rows = [_row(study, label, found, _reference(found, runs)) for label, found in runs.items()]
     readouts = [entry for found in runs.values() for entry in _readouts(found)]
-    return Comparison(study.experiment.name, study.folder, rows, readouts, _notes(study, runs))
+    notes = _notes(study, runs)
+    return Comparison(study.experiment.name, study.folder, rows, readouts, notes, claims(runs))
 
 
 def _row(
@@ -103,6 +106,9 @@ def _row(
     difference = _difference(runs, reference)
     if difference is not None:
         values["difference"] = difference
+    epsilon = spent(runs)
+    if epsilon is not None:
+        values["epsilon"] = epsilon
     return Row(
         label=label,
         strategy=runs[0].summary["strategy"],
@@ -244,7 +250,6 @@ def _notes(study: StudyResult, runs: dict[str, list[RunView]]) -> list[str]:
             f"This comparison lacks {' and '.join(lacking)}, without which nobody can say what "
             f"federation is worth here. Add: {added}"
         )
-    notes += sorted({f"Privacy: {r.summary['privacy']}." for r in finished})
     return notes
 
 

@@ -47,6 +47,15 @@ class RunView:
         """All records of the run."""
         return Log(self.experiment.clients.count, read_records(self.folder / "metrics.jsonl"))
 
+    @cached_property
+    def ledger(self) -> dict[str, Any] | None:
+        """What was claimed and spent (``privacy.json``); None where no mechanism was used."""
+        file = self.folder / "privacy.json"
+        if not file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
     @property
     def data(self) -> str:
         """What decides which client has which examples, apart from the seed."""

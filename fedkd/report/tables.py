@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd.engine.folder import write_text
+from fedkd.privacy.ledger import rounded_up
 from fedkd.report.comparison import Comparison, Readout, Row
 from fedkd.types import Estimate
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class Column:
     """How a value is shown: ``scale`` times the number with ``digits`` after the point.
 
-    Negative ``digits`` are as many significant ones: 39.8, 0.0123.
+    Negative ``digits`` are as many significant ones: 39.8, 0.0123. A ``bound`` is rounded up to
+    three of them. ``absent`` is shown where there is no number.
     """
 
     key: str
@@ -36,6 +38,8 @@ class Column:
     digits: int = 1
     interval: bool = False
     signed: bool = False
+    bound: bool = False
+    absent: str = "–"
 
     def show(self, estimate: Estimate | None) -> str:
         """Return the number, with its interval if this column shows it.
@@ -45,9 +49,13 @@ class Column:
         >>> small, none = (Estimate(v, v, v, 1, "") for v in (12345.6, 0.0))
         >>> [Column("up", "MB up", 1e-6, -3).show(e) for e in (small, none)]
         ['0.0123', '0']
+        >>> Column("epsilon", "epsilon", bound=True).show(Estimate(3.511, 0, 0, 1, ""))
+        '3.52'
         """
         if estimate is None:
-            return "–"
+            return self.absent
+        if self.bound:
+            return rounded_up(estimate.value)
         sign = "+" if self.signed else ""
         value, low, high = (
             f"{self.scale * v:{sign}.{self._decimals(self.scale * v)}f}"
@@ -66,6 +74,7 @@ class Column:
 COLUMNS = (
     Column("mean_last_k", "user accuracy", interval=True),
     Column("difference", "vs local-only", interval=True, signed=True),
+    Column("epsilon", "epsilon", bound=True, absent="none"),
     Column("worst_share", "worst 10 %"),
     Column("bytes_up", "MB up", 1e-6, -3),
     Column("bytes_down", "MB down", 1e-6, -3),
@@ -135,6 +144,25 @@ def show(shown: Comparison, console: Console) -> None:
     console.print(table)
     for note in shown.notes:
         console.print(Text(note, style="dim"))
+    _show_claims(shown, console)
+
+
+def _show_claims(shown: Comparison, console: Console) -> None:
+    """Print what is claimed about privacy, and what is not covered, one item a paragraph."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    if shown.claims.sentences:
+        console.print("\nPrivacy", style="bold")
+    for line in shown.claims.lines():
+        console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+    if shown.claims.not_covered:
+        console.print("  Not covered:")
+        listed = Table.grid(padding=(0, 1))
+        for line in shown.claims.open_lines():
+            listed.add_row("   -", Text(line, style="dim"))
+        console.print(listed)
 
 
 def _terminal(shown: Comparison, columns: Sequence[Column]) -> RenderableType:
@@ -161,19 +189,31 @@ def _terminal(shown: Comparison, columns: Sequence[Column]) -> RenderableType:
 
 def markdown(shown: Comparison) -> str:
     """Return the table with all columns, and the notes, as Markdown."""
+    private = any("epsilon" in r.values for r in shown.rows)
+    columns = [c for c in COLUMNS if private or c.key != "epsilon"]
     rows = [
-        [r.label, *(c.show(r.values.get(c.key)) for c in COLUMNS)]
+        [r.label, *(c.show(r.values.get(c.key)) for c in columns)]
         if r.values
-        else [r.label, f"failed: {r.error}", *[""] * (len(COLUMNS) - 1)]
+        else [r.label, f"failed: {r.error}", *[""] * (len(columns) - 1)]
         for r in shown.rows
     ]
     failed = [f"{r.label}: {r.error}" for r in shown.rows if r.values and r.error]
     notes = "\n".join(f"- {note}" for note in (*shown.notes, *failed))
-    table = _markdown(["", *(c.title for c in COLUMNS)], rows)
+    table = _markdown(["", *(c.title for c in columns)], rows)
     return (
-        f"# {shown.name}\n\n{table}\n\n{notes}\n\nEvery read-out and predictor: "
-        "[readouts.md](readouts.md). Figures: [plots](plots/).\n"
+        f"# {shown.name}\n\n{table}\n\n{notes}\n\n{_claims_markdown(shown)}"
+        "Every read-out and predictor: [readouts.md](readouts.md). Figures: [plots](plots/).\n"
     )
+
+
+def _claims_markdown(shown: Comparison) -> str:
+    if not shown.claims.sentences:
+        return ""
+    text = "## Privacy\n\n" + "".join(f"- {line}\n" for line in shown.claims.lines())
+    if shown.claims.not_covered:
+        text += "\nNot covered:\n\n"
+        text += "".join(f"- {line}\n" for line in shown.claims.open_lines())
+    return text + "\n"
 
 
 def readouts_markdown(shown: Comparison) -> str:
@@ -232,6 +272,8 @@ def plain(shown: Comparison) -> dict[str, Any]:
     return {
         "name": shown.name,
         "notes": shown.notes,
+        "privacy": shown.claims.lines(),
+        "not_covered": shown.claims.open_lines(),
         "rows": [
             {
                 "label": r.label,
@@ -262,7 +304,8 @@ def estimate_table(estimate: Estimate | None) -> dict[str, Any]:
         return {}
     bare = _no_interval(estimate)
     return {
-        "value": estimate.value,
+        # JSON has no infinity, which an epsilon can be.
+        "value": "inf" if estimate.value == math.inf else estimate.value,
         "low": None if bare else estimate.low,
         "high": None if bare else estimate.high,
         "n": estimate.n,

@@ -108,11 +108,6 @@ def test_a_clients_preset_makes_a_federation_and_is_explained(name):
     assert f"`{name}`" in (shared("clients") / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", preset_names("privacy"))
-def test_a_privacy_preset_has_a_card_that_states_what_it_claims(name):
-    assert {"What is claimed", "Threat model"} <= set(sections(card("privacy", name)))
-
-
 def test_the_table_says_what_the_class_says():
     registry: Registry[type[Strategy]] = strategies
     table = options_table(registry.get("fedprox"))

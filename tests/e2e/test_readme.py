@@ -18,6 +18,7 @@ from fedkd.cli.commands import app
 from fedkd.cli.places import read
 from fedkd.config import load
 from fedkd.data.registries import partitions
+from fedkd.engine.setup import prepare
 from fedkd.engine.simulation import run
 from fedkd.strategies.base import strategies
 
@@ -31,8 +32,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-INSTALL_AND_RUN, INSTALL_AND_TEST, EVERYDAY = (block.strip() for block in blocks("bash"))
-COMMANDS = [shlex.split(line, comments=True)[1:] for line in EVERYDAY.splitlines()]
+INSTALL_AND_RUN, INSTALL_AND_TEST, *OTHERS = (block.strip() for block in blocks("bash"))
+COMMANDS = [
+    shlex.split(line, comments=True)[1:] for block in OTHERS for line in block.splitlines()
+]
 FROM_PYTHON, FLOWER_APP, OWN_STRATEGY = blocks("python")
 
 
@@ -63,6 +66,14 @@ def test_the_quickstart_is_what_the_readme_says():
     assert (experiment.clients.count, experiment.data.partition.options["alpha"]) == (20, 0.1)
     compared = [cell.experiment.strategy.name for cell in experiment.cells()]
     assert compared == ["fedd2s", "local-only", "fedavg", "fedavg-ft"]
+
+
+def test_every_run_of_the_private_example_can_be_played():
+    cells = list(load(ROOT / "experiments" / "private.toml").cells())
+    plans = {cell.label: prepare(cell.experiment).plan for cell in cells}
+    units = {label: plan.options.unit for label, plan in plans.items()}
+    assert set(units.values()) == {"none", "client", "example"}
+    assert plans["fedavg, epsilon 1"].noise_multiplier > plans["fedavg, epsilon 8"].noise_multiplier
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

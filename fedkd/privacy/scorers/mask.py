@@ -49,7 +49,7 @@ class Mask(ExampleScorer):
         if not (self.indices or self.classes):
             raise ConfigError(
                 "scorer 'mask' has nothing declared; give it indices or classes, as in "
-                "classes = [3]"
+                "privacy.swing.scorer_options.classes = [3]"
             )
         wrong = [c for c in self.classes if not 0 <= c < task.classes]
         if wrong:
