@@ -33,9 +33,7 @@ def blocks(language: str) -> list[str]:
 
 
 INSTALL_AND_RUN, INSTALL_AND_TEST, *OTHERS = (block.strip() for block in blocks("bash"))
-COMMANDS = [
-    shlex.split(line, comments=True)[1:] for block in OTHERS for line in block.splitlines()
-]
+COMMANDS = [shlex.split(line, comments=True)[1:] for block in OTHERS for line in block.splitlines()]
 FROM_PYTHON, FLOWER_APP, OWN_STRATEGY = blocks("python")
 
 

@@ -269,3 +269,22 @@ def test_cells_are_this_run_and_the_compared_ones_for_each_seed():
 def test_a_bad_variant_is_named():
     with pytest.raises(ConfigError, match=r"compare\.odd.*rouds"):
         list(experiment({"compare": {"odd": {"rouds": 3}}}).cells())
+
+
+@pytest.mark.parametrize(
+    ("given", "displaced"),
+    [
+        (["privacy.noise_multiplier=1.0"], "epsilon"),
+        (["privacy.epsilon=2.0"], "noise_multiplier"),
+        (["privacy.epsilon=2.0", "privacy.noise_multiplier=1.0"], "delta"),
+    ],
+)
+def test_what_is_given_displaces_one_of_three_in_a_privacy_preset(given, displaced):
+    found = load(None, ["privacy=client-eps8", *given]).privacy
+    names = ("epsilon", "noise_multiplier", "delta")
+    assert [name for name in names if getattr(found, name) is None] == [displaced]
+
+
+def test_a_misspelt_option_of_an_inner_table_has_a_nearest_match():
+    with pytest.raises(ConfigError, match="norn'; did you mean 'norm'"):
+        load(None, ["privacy.clipping.norn=1"])
