@@ -18,6 +18,7 @@ from experiments.privacy.study import (
     PROFILES,
     ROUNDS,
     SEEDS,
+    TUNING_EPSILON,
     column,
     epsilons,
     labels,
@@ -160,16 +161,19 @@ def consensus(runs: Path, profile: str, label: str, epsilon: float) -> BySeed:
 
 
 def mechanism(profile: str, runs: Path) -> list[str]:
-    """Say in words what was claimed: the sentence of one run a method, at epsilon 8."""
-    lines = []
+    """Say in words what was claimed at epsilon 8 and what was not, by the ledgers of seed 0."""
+    claims, uncovered = [], {}
     for label in labels(profile):
-        file = place(runs / profile, column(8.0), label, 0) / "privacy.json"
+        file = place(runs / profile, column(TUNING_EPSILON), label, 0) / "privacy.json"
         if file.exists():
             report: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            lines.append(f"- `{label}`: {report['sentence']}; noise {noise(report)}")
-    return (
-        ["### What was claimed at epsilon 8 (seed 0)\n", "\n".join(lines) + "\n"] if lines else []
-    )
+            claim = report["sentence"].split("; not covered")[0]
+            claims.append(f"- `{label}`: {claim}; noise multiplier {noise(report)}")
+            uncovered.update(dict.fromkeys(report["not_covered"]))
+    if not claims:
+        return []
+    text = "\n".join([*claims, "", "Not covered:", "", *(f"- {what}" for what in uncovered)])
+    return [f"### What was claimed at epsilon {TUNING_EPSILON:g}, on seed 0\n", f"{text}\n"]
 
 
 def noise(report: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from fedkd.clients.dp_sgd import DpSgd
 from fedkd.clients.local import FitResult, Term, fit
 from fedkd.clients.training import Training
 from fedkd.data.federated import ClientData, Split
+from fedkd.errors import RunError
 from fedkd.models.base import BlockNet
 from fedkd.models.book import ModelBook
 from fedkd.rng import Rng, stream
@@ -52,6 +53,7 @@ class Client:
     temperatures: Tensor | None = None
     public_temperatures: Tensor | None = None
     swing: Any = None
+    fitted: set[str] = field(default_factory=set)
 
     @property
     def task(self) -> Task:
@@ -84,6 +86,13 @@ class Client:
         lr = training.lr_at(self.round, self.rounds)
         chosen = self.data.train if data is None else data
         dp = self.dp if chosen.x is self.data.train.x else None
+        if dp is not None:
+            if purpose in self.fitted:
+                raise RunError(
+                    f"a client trains twice as {purpose!r} in one round: both fits would draw the "
+                    "same coins and noise; give each call of fit its own purpose"
+                )
+            self.fitted.add(purpose)
         result = fit(model, chosen, terms, training, lr, self.rng(purpose), dp)
         if result.private is not None:
             self.spent.append(result.private)

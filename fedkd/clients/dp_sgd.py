@@ -33,7 +33,7 @@ class DpSgd:
     ``max_grad_norm`` bounds the L2 norm of one example's gradient of the whole loss, over all
     trained parameters. Limits: 0 and ``inf`` are plain training on Poisson batches.
     ``max_physical_batch_size`` examples are in memory at once, 0: all; the result is the same up to
-    rounding.
+    rounding. ``address`` tells the noise of one run from that of another with the same seed.
 
     Raises:
         ConfigError: a value out of range, or noise without a bound on what it should hide.
@@ -43,6 +43,7 @@ class DpSgd:
     max_grad_norm: float = 1.0
     mode: Mode = "hooks"
     max_physical_batch_size: int = 0
+    address: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier < math.inf:
@@ -211,7 +212,7 @@ def private(
     # Opacus multiplies norm and noise: inf times no noise would be no number.
     norm = min(dp.max_grad_norm, UNCLIPPED)
     kind = DPOptimizerFastGradientClipping if dp.mode == "ghost" else DPOptimizer
-    noise = rng.child("dp-noise").numpy()
+    noise = rng.child("dp-noise", dp.address).numpy()
 
     class Addressed(kind):  # type: ignore[misc, valid-type]
         """Draws noise from the whole 128-bit address: a torch seed on the CPU has 32 bits only."""

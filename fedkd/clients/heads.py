@@ -43,7 +43,12 @@ def make_head(size: int, hidden: int, classes: int, rng: Rng, weights: Arrays) -
 
 
 class Weighted(Term):
-    """Another term with a weight for each example, ``w_i * term_i``; w has mean 1."""
+    """Another term with a weight for each example, ``w_i * term_i``; w has mean 1.
+
+    The mean is one over all examples, so that these are coupled: refused under DP-SGD.
+    """
+
+    dp = "batch-coupled"
 
     def __init__(self, term: Term, weights: Tensor) -> None:
         self.term, self.weights, self.weight = term, weights / weights.mean(), term.weight

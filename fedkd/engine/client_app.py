@@ -67,6 +67,11 @@ class ClientSide:
         except Exception as error:
             if self.on_failure is not None:
                 self.on_failure(client.round, _restored(client, before), received, error)
+            if client.spent:
+                # The data paid, whatever became of the round.
+                client.state = before
+                self.desk.book(client)
+                context.state[STATE] = encode(client.state)
             raise
         self.desk.book(client)
         context.state[STATE] = encode(client.state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -11,13 +11,15 @@ from torch import Tensor
 from fedkd.clients.client import Client
 from fedkd.clients.dp_sgd import DpSgd
 from fedkd.clients.swing_targets import SwingTargets
-from fedkd.engine.guard import check_covered, declared
+from fedkd.engine.guard import check_covered, declared, keys_of, prefixes_of
 from fedkd.engine.setup import Prepared
 from fedkd.engine.swinging import own
+from fedkd.errors import RunError
 from fedkd.privacy.accounting import History
 from fedkd.privacy.class_sums import noisy_class_means, noisy_histogram
 from fedkd.privacy.client_level import ClientLevel
 from fedkd.privacy.options import Release
+from fedkd.privacy.payload import Histogram, Payload, Table
 from fedkd.types import Arrays
 
 HISTORY = "privacy/history"
@@ -30,6 +32,7 @@ class Desk:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.plan = prepared, prepared.plan
         self.level = ClientLevel(self.plan.options, self.plan.noise_multiplier)
+        self.digest = prepared.experiment.digest()
         self._swings: dict[int, tuple[SwingTargets, Tensor]] = {}
 
     def equip(self, client: Client) -> None:
@@ -45,9 +48,10 @@ class Desk:
                 max_grad_norm=options.dp_sgd.max_grad_norm,
                 mode=options.dp_sgd.grad_sample_mode,
                 max_physical_batch_size=options.dp_sgd.max_physical_batch_size,
+                address=self.digest,
             )
         if self.plan.population.tables:
-            client.release = TableRelease(client, options.release)
+            client.release = TableRelease(client, options.release, self.digest)
 
     def _warm(self, client: Client) -> None:
         """Give a client the temperatures of swing distillation; own examples are scored once."""
@@ -65,7 +69,7 @@ class Desk:
         """Return what leaves the client: under local noise, its upload with noise.
 
         Raises:
-            RunError: an array that no mechanism covers.
+            RunError: an array that no mechanism covers, or that went past the one that should.
         """
         plan, prepared = self.plan, self.prepared
         if not plan.active or plan.central:
@@ -75,9 +79,12 @@ class Desk:
             client.round,
         )
         check_covered(arrays, payload, f"client {client.info.id}")
-        if not plan.local or not payload:
+        if not plan.local:
+            check_released(client, arrays, payload)
             return arrays
-        norm, rng = plan.options.clipping.norm, client.rng("privacy", "local")
+        if not payload:
+            return arrays
+        norm, rng = plan.options.clipping.norm, client.rng("privacy", self.digest, "local")
         noised = self.level.privatise(arrays, payload, norm, rng)
         client.spent.append((self.level.worst(payload), 1.0, 1))
         return noised
@@ -96,6 +103,9 @@ class TableRelease:
 
     client: Client
     options: Release
+    address: str
+    issued: list[np.ndarray] = field(default_factory=list)
+    """The very arrays that were noised and paid for: nothing else of their kind may leave."""
 
     def means(
         self,
@@ -110,27 +120,50 @@ class TableRelease:
 
         Every class gets noise, so that which classes a client holds does not show.
         """
-        return noisy_class_means(
+        table = noisy_class_means(
             {name: value.detach().cpu().numpy() for name, value in values.items()},
             y.cpu().numpy(),
             self.client.task.classes,
             simplex=simplex & set(values),
             release=self.options,
             noise_multiplier=self._pay(),
-            rng=self.client.rng("privacy", "table", point),
+            rng=self.client.rng("privacy", self.address, "table", point),
             counted=counted,
         )
+        self.issued.extend(table.values())
+        return table
 
     def histogram(self, y: Tensor) -> np.ndarray:
         """Return noised numbers of examples by class, int32 (C,)."""
-        return noisy_histogram(
+        counts = noisy_histogram(
             y.cpu().numpy(),
             self.client.task.classes,
             noise_multiplier=self._pay(),
-            rng=self.client.rng("privacy", "histogram"),
+            rng=self.client.rng("privacy", self.address, "histogram"),
         )
+        self.issued.append(counts)
+        return counts
 
     def _pay(self) -> float:
         noise = float(self.options.noise_multiplier or 0.0)
         self.client.spent.append((noise, 1.0, 1))
         return noise
+
+
+def check_released(client: Client, arrays: Arrays, payload: Payload) -> None:
+    """Refuse class sums and label counts of own examples that were not noised and paid for.
+
+    DP-SGD covers what a network says of public inputs, never what is computed of own data anew.
+
+    Raises:
+        RunError: names the array.
+    """
+    own = tuple(part for part in payload if isinstance(part, Table | Histogram))
+    keys, below = keys_of(own), tuple(f"{prefix}/" for prefix in prefixes_of(own))
+    issued = client.release.issued if isinstance(client.release, TableRelease) else []
+    for key, value in arrays.items():
+        if (key in keys or key.startswith(below)) and not any(value is one for one in issued):
+            raise RunError(
+                f"client {client.info.id} uploads {key!r} of its own examples without the noise of "
+                "privacy.release; a strategy has to make it by client.release"
+            )

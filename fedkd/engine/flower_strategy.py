@@ -111,10 +111,12 @@ class FlowerStrategy(FlowerBase):
             uploads[k] = Upload(client=self.prepared.setting.clients[k], arrays=arrays)
             records += unpack(round_, k, reply.content["metrics"])
             spent[k] = spent_in(reply)
-        if failures and not uploads:
+        # Under central noise a round without uploads is a release as any other: it must not show.
+        if failures and not uploads and not self.guard.plan.central:
             raise RunError(f"all participants of round {round_} failed; {failures[0]}")
         self.guard.charge(round_, spent)
-        ordered = self.guard.fold(round_, [uploads[k] for k in sorted(uploads)], state)
+        ordered, refused = self.guard.fold(round_, [uploads[k] for k in sorted(uploads)], state)
+        failures += refused
         if ordered:
             state, metrics = self.prepared.strategy.aggregate(
                 state, ordered, round_, self.prepared.setting

@@ -33,6 +33,8 @@ class Guard:
         self.ledger = PrivacyLedger(self.plan.claim())
         self.norm = self.plan.options.clipping.norm
         self.level = ClientLevel(self.plan.options, self.plan.noise_multiplier)
+        # Two runs of one seed must not share noise: one less the other would show what it hides.
+        self.digest = prepared.experiment.digest()
 
     def exhausted(self, round_: int, cohort: Sequence[int], state: Arrays) -> str | None:
         """Return why a round cannot be paid for any more, before anything of it is played."""
@@ -65,20 +67,24 @@ class Guard:
         received = strategy.broadcast(state, client, round_, setting)
         return declared(strategy.declare(received, client, round_, setting), round_)
 
-    def fold(self, round_: int, uploads: list[Upload], state: Arrays) -> list[Upload]:
-        """Return what the strategy may see: under central noise one noised mean, else ``uploads``.
+    def fold(
+        self, round_: int, uploads: list[Upload], state: Arrays
+    ) -> tuple[list[Upload], list[str]]:
+        """Return what the strategy may see, and who failed: under central noise one noised mean.
 
-        An empty cohort releases noise, too: that nobody came must not show.
+        An empty cohort releases noise, too: that nobody came must not show. A client whose arrays
+        cannot be bounded counts as silent: ending the run would show it.
         """
         if not self.plan.central:
-            return uploads
+            return uploads, []
         payload = self.payload(state, round_)
-        if not payload:
-            return uploads
         for upload in uploads:
             check_covered(upload.arrays, payload, f"client {upload.client.id}")
+        if not payload:
+            return uploads, []
+        uploads, failures = self._bounded(uploads, payload)
         expected = self.plan.expected()
-        rng = stream(self.prepared.experiment.seed, "privacy", round_)
+        rng = stream(self.prepared.experiment.seed, "privacy", self.digest, round_)
         released = self.level.release(
             [u.arrays for u in uploads], payload, expected, self.norm, rng
         )
@@ -95,12 +101,39 @@ class Guard:
             self.ledger.spend_client(round_, k, [(released.multiplier, 1.0, 1)])
         model = self.prepared.setting.clients[0].model
         everybody = ClientInfo(id=FEDERATION, examples=1, model=model)
-        return [Upload(client=everybody, arrays=released.arrays, members=members)]
+        return [Upload(client=everybody, arrays=released.arrays, members=members)], failures
+
+    def _bounded(self, uploads: list[Upload], payload: Payload) -> tuple[list[Upload], list[str]]:
+        """Return the uploads that can be made into vectors of bounded length, and the others."""
+        fit, failures = [], []
+        for upload in uploads:
+            try:
+                self.level.check(upload.arrays, payload, self.norm)
+            except RunError as error:
+                failures.append(f"client {upload.client.id}: {error}")
+            else:
+                fit.append(upload)
+        return fit, failures
 
     def charge(self, round_: int, spent: Mapping[int, Sequence[Event]]) -> None:
-        """Write down what clients paid by themselves in a round (local noise, DP-SGD)."""
-        for k in sorted(k for k, events in spent.items() if events):
-            self.ledger.spend_client(round_, k, spent[k])
+        """Write down what clients paid by themselves in a round (local noise, DP-SGD).
+
+        Whoever failed may have done all of its DP-SGD first, and that it failed follows from it: it
+        is charged what was planned.
+        """
+        paid = {k: list(events) for k, events in spent.items()}
+        if self.plan.options.unit == "example":
+            paid |= {k: self.plan.round_of(k) for k in self._cohort(round_) if k not in paid}
+        for k in sorted(k for k, events in paid.items() if events):
+            self.ledger.spend_client(round_, k, paid[k])
+
+    def _cohort(self, round_: int) -> Sequence[int]:
+        prepared = self.prepared
+        if prepared.strategy.pooled:
+            return prepared.cohort_of
+        experiment = prepared.experiment
+        draw = experiment.clients.participation.cohort
+        return draw(experiment.seed, round_, prepared.cohort_of)
 
     def records(self, round_: int) -> list[Record]:
         """Return epsilon after a round: that of the run, and of the clients' own ledgers."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import nn
+
 from fedkd.clients.dp_sgd import dp_problems, rate_of, steps_of
 from fedkd.config import Experiment
 from fedkd.errors import ConfigError
@@ -11,7 +15,7 @@ from fedkd.privacy.payload import Histogram, Payload, Scores, Table, Weights
 from fedkd.privacy.plan import Population, PrivacyPlan, make_plan, problems
 from fedkd.rng import stream
 from fedkd.strategies.base import Setting, Strategy
-from fedkd.types import ClientInfo
+from fedkd.types import Arrays, ClientInfo
 
 
 def plan_for(experiment: Experiment, strategy: Strategy, setting: Setting) -> PrivacyPlan:
@@ -53,8 +57,11 @@ def population(
     training, participation = experiment.clients.training, experiment.clients.participation
     ids = [c.id for c in setting.clients]
     turns = dict.fromkeys(ids, experiment.rounds if strategy.pooled else 0)
+    rounds = list(range(1, experiment.rounds + 1))
+    if experiment.privacy.unit == "client":
+        rounds = _releasing(strategy, setting, rounds)
     if experiment.privacy.unit != "none" and not strategy.pooled:
-        for round_ in range(1, experiment.rounds + 1):
+        for round_ in rounds:
             for k in participation.cohort(experiment.seed, round_, ids):
                 turns[k] += 1
     sizes = [c.examples for c in setting.clients]
@@ -69,6 +76,7 @@ def population(
         examples=tuple(sizes),
         turns=tuple(turns[k] for k in ids),
         fits=tuple(tuple((rate_of(f, n), steps_of(f, n)) for f in fits if n) for n in sizes),
+        releases=len(rounds),
         tables=sum(isinstance(part, Table | Histogram) for part in payload),
         weights=any(isinstance(part, Weights) for part in payload),
         public=setting.public is not None,
@@ -90,11 +98,17 @@ def _payload(options: Privacy, strategy: Strategy, setting: Setting) -> Payload:
     return payload
 
 
+def _releasing(strategy: Strategy, setting: Setting, rounds: Sequence[int]) -> list[int]:
+    """Return the rounds in which something is uploaded: scores that nobody would use are not."""
+    state = strategy.init(setting, stream(setting.seed, "server", "init"))
+    return [r for r in rounds if _declared(strategy, state, setting.clients[0], setting, r) != ()]
+
+
 def _declared(
-    strategy: Strategy, state: dict, client: ClientInfo, setting: Setting
+    strategy: Strategy, state: Arrays, client: ClientInfo, setting: Setting, round_: int = 1
 ) -> Payload | None:
-    received = strategy.broadcast(state, client, 1, setting)
-    return strategy.declare(received, client, 1, setting)
+    received = strategy.broadcast(state, client, round_, setting)
+    return strategy.declare(received, client, round_, setting)
 
 
 def _votes(options: Privacy, payload: Payload) -> list[str]:
@@ -161,6 +175,12 @@ def _example_level(
         if not frozen:
             found += [f"model {label!r}: {why}" for why in dp_problems(model)]
         if frozen:
+            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+                found.append(
+                    f"privacy.release.mode = 'frozen-encoder', but model {label!r} has a BatchNorm "
+                    "layer, through which the features of one example depend on others though "
+                    "nothing is trained; use GroupNorm or LayerNorm"
+                )
             missing = [b for b in model.block_names if b not in experiment.clients.training.frozen]
             if missing:
                 found.append(

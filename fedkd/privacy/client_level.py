@@ -152,6 +152,15 @@ class ClientLevel:
             spent.append(paid)
         return Released(arrays, self._effective(spent), unclipped)
 
+    def check(self, arrays: Arrays, payload: Payload, norm: float) -> None:
+        """Raise what :meth:`release` would raise on this one upload, before it is summed.
+
+        Raises:
+            RunError: an array of another shape, not finite, or not what it was declared to be.
+        """
+        for part in payload:
+            self._coder(part, norm).encode(arrays)
+
     def next_norm(self, norm: float, unclipped: float, expected: float, rng: Rng) -> float:
         """Return the clipping norm of the next round, ``C exp(-rate (b~ - quantile))``.
 

@@ -44,12 +44,25 @@ class Claim:
         missing = f"; not covered: {', '.join(self.not_covered)}" if self.not_covered else ""
         if self.unit not in UNITS:
             return f"no epsilon: nothing is claimed about clients or examples{missing}"
+        nothing = " (nothing was released)" if epsilon == 0 else ""
         against = ", with noise added by the client itself" if self.trust == "local" else ""
         return (
-            f"epsilon = {rounded_up(epsilon)} {UNITS[self.unit]}{against} ({self.adjacency} "
-            f"adjacency, {self.sampling}, delta = {self.delta:g}, {self.accountant} accountant)"
+            f"epsilon = {rounded_up(epsilon)}{nothing} {UNITS[self.unit]}{against} "
+            f"({self.adjacency} adjacency, {self.sampling}, delta = {self.delta:g}, "
+            f"{self.accountant} accountant)"
             f"{missing}"
         )
+
+    def seen_by_all(self, epsilon: float, largest: float) -> str:
+        """Say what amplification hides: the ``largest`` client's epsilon without it, if it is more.
+
+        >>> claim = Claim("client", "central", "add-remove", "Poisson", 1e-5, "prv")
+        >>> claim.seen_by_all(8.0, 12.41), claim.seen_by_all(8.0, 8.0)
+        ('; up to 12.5 for whoever sees who takes part', '')
+        """
+        if self.unit != "client" or self.trust != "central" or largest <= epsilon:
+            return ""
+        return f"; up to {rounded_up(largest)} for whoever sees who takes part"
 
 
 def rounded_up(value: float) -> str:

@@ -7,7 +7,7 @@ sampling rate, against which neighbours, and what stays uncovered.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +16,14 @@ from fedkd.privacy.accounting import History, calibrate, delta_of, effective
 from fedkd.privacy.accounting import epsilon as epsilon_of
 from fedkd.privacy.ledger import Claim
 from fedkd.privacy.options import Privacy
+from fedkd.privacy.quick import noise_for
 from fedkd.privacy.uncovered import uncovered
 
 Event = tuple[float, float, int]
+CLOSE = 0.99
+"""Share of a target that a calibrated epsilon has to reach: less would waste noise."""
+NEAR = 0.7
+"""Share of the noise that a fast bound asks for, below which nobody looks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +31,11 @@ class Population:
     """The public facts of a federation that the cost of a mechanism follows from.
 
     ``examples`` (N,) training examples of each client; ``turns`` (N,) in how many rounds each takes
-    part, known beforehand since participation is drawn from the seed alone; ``fits`` (N, .) the
-    (sampling rate, steps) of its training in one round; ``tables`` how many noised tables of class
-    sums a client releases a round. ``weights`` says whether weights travel, ``public`` whether
-    there is a public pool.
+    part (at client level: in which anything is released), known beforehand since participation is
+    drawn from the seed alone; ``releases`` in how many rounds anything is released (none: all);
+    ``fits`` (N, .) the (sampling rate, steps) of a client's training in one round; ``tables`` how
+    many noised tables of class sums it releases a round. ``weights`` says whether weights travel,
+    ``public`` whether there is a public pool.
     """
 
     scheme: str
@@ -39,6 +45,7 @@ class Population:
     turns: tuple[int, ...]
     fits: tuple[tuple[tuple[float, int], ...], ...]
     tables: int = 0
+    releases: int | None = None
     weights: bool = True
     public: bool = False
 
@@ -134,7 +141,7 @@ class PrivacyPlan:
             sampling=sampling(options, self.population),
             delta=self.delta,
             accountant=options.accountant,
-            not_covered=uncovered(options, self.population.weights, self.population.public),
+            not_covered=uncovered(options, self.population.public),
         )
 
 
@@ -143,7 +150,8 @@ def sampling(options: Privacy, population: Population) -> str:
     if options.unit == "example":
         if options.release.mode == "frozen-encoder":
             return "no subsampling, releases of whole tables"
-        return "Poisson sampling of a client's examples at batch_size / examples in every step"
+        said = "Poisson sampling of a client's examples at batch_size / examples in every step"
+        return said + (", none in releases of class sums" if population.tables else "")
     if options.trust == "central" and not population.everybody and population.scheme == "poisson":
         return f"Poisson sampling of clients at rate {population.ratio:g}"
     if population.everybody:
@@ -207,7 +215,9 @@ def planned(plan: PrivacyPlan, client: int, noise: float) -> History:
     """Return what all planned rounds cost a client at a noise multiplier."""
     turns = plan.population.turns[client]
     if plan.central:
-        return History([(plan.accounted(noise), plan.rate, plan.population.rounds)])
+        releases = plan.population.releases
+        rounds = plan.population.rounds if releases is None else releases
+        return History([(plan.accounted(noise), plan.rate, rounds)] if rounds else [])
     if plan.local:
         return History([(plan.accounted(noise), 1.0, turns)] if turns else [])
     events = plan._example_round(noise, client)
@@ -226,12 +236,31 @@ def _calibrated(plan: PrivacyPlan, delta: float) -> tuple[float, ...]:
         if not plan.central and not planned(plan, k, 1.0):
             known[address] = 0.0  # Takes no part, or releases nothing that rests on this noise.
         if address not in known:
-            known[address] = calibrate(target, delta, partial(planned, plan, k), accountant)
+            known[address] = _noise(target, delta, partial(planned, plan, k), accountant)
         noise.append(known[address])
     if plan.options.unit == "client":
         # One mechanism for everybody: the client that is there most often decides.
         return (max(noise),) * plan.population.clients
     return tuple(noise)
+
+
+def _noise(
+    target: float, delta: float, history_at: Callable[[float], History], accountant: str
+) -> float:
+    """Return the calibrated noise: a fast bound says where the accountant has to look."""
+    high = noise_for(target, delta, history_at) if accountant == "rdp" else math.inf
+    if math.isinf(high) or epsilon_of(history_at(high), delta) > target:
+        return calibrate(target, delta, history_at, accountant)
+    low = high * NEAR
+    while epsilon_of(history_at(high), delta) < CLOSE * target:
+        middle = (low + high) / 2
+        if epsilon_of(history_at(middle), delta) <= target:
+            high = middle
+        elif high - middle < 1e-4 * high:
+            break
+        else:
+            low = middle
+    return high
 
 
 def _delta(plan: PrivacyPlan, epsilon: float, noise: float) -> float:
@@ -247,6 +276,13 @@ def problems(options: Privacy, population: Population) -> list[str]:
         found.append(
             "privacy.secure_mode = true needs the library torchcsprng, which is not maintained for "
             "this torch; set it to false, and do not deploy what this simulator draws"
+        )
+    swing = options.swing
+    if swing.map not in ("off", "constant") and swing.scorer_options.get("private"):
+        found.append(
+            "privacy.swing.scorer_options.private = true says that temperatures depend on private "
+            "data, but mechanisms take them as public; leave it out where the scorer reads public "
+            "data only, else set privacy.swing.map = 'constant', or privacy.unit = 'none'"
         )
     if options.adjacency == "replace-one" and options.unit == "example":
         found.append(

@@ -5,28 +5,39 @@ from __future__ import annotations
 from fedkd.privacy.options import Privacy
 
 ALWAYS = (
-    "metrics in the run folder (losses, accuracies): computed on clients' data without noise",
-    "checkpoints in the run folder: they hold every client's own state",
+    "metrics (losses, accuracies), reported to the server and kept in the run folder: computed on "
+    "clients' data without noise",
+    "failures: that a client's work raised an error, and a run that ends because of it",
+    "checkpoints and failures kept in the run folder: they hold every client's own state",
     "choices made by looking at private data: hyper-parameters, the round to stop at",
-    "the noise itself: drawn from the run's seed, so that a run can be repeated; whoever knows the "
-    "seed can subtract it, and floating-point attacks are not defended against",
+    "other runs on the same data: each adds its own epsilon, and runs of one seed share their "
+    "noise, which cancels between them if both are published",
+    "the noise and the sampling themselves: drawn from the run's seed, so that a run can be "
+    "repeated; whoever knows the seed can subtract it, and floating-point attacks are not defended "
+    "against",
 )
 
 
-def uncovered(options: Privacy, weights: bool, public: bool) -> tuple[str, ...]:
-    """Return what the mechanism of ``options`` leaves open.
-
-    ``weights`` says whether weights travel, ``public`` whether there is a public pool.
-    """
+def uncovered(options: Privacy, public: bool) -> tuple[str, ...]:
+    """Return what the mechanism of ``options`` leaves open; ``public``: there is a public pool."""
     if options.unit == "none":
         return ()
     found: list[str] = []
     if options.unit == "client":
         if options.trust == "central":
             found.append("the server: it is trusted, and reads every upload in the clear")
-            found.append("who takes part, towards the server and whoever sees its connections")
+            found.append(
+                "who takes part, towards the server, whoever sees its connections, and readers of "
+                "the run folder"
+            )
+            if options.release.votes == "confident-gnmax":
+                found.append(
+                    "an epsilon below max_epsilon: what is spent follows from noisy answers, and "
+                    "max_epsilon is what is guaranteed"
+                )
         else:
             found.append("who takes part and when: every upload is seen by itself")
+            found.append("how many training examples each client has: treated as public")
         found.append("the number of clients and the expected cohort: treated as public")
         found.append(
             "what a client keeps (personal blocks, its own network): made of its own data without "
@@ -38,8 +49,7 @@ def uncovered(options: Privacy, weights: bool, public: bool) -> tuple[str, ...]:
         found.append("networks fine-tuned for judging: trained without noise and never sent")
         if options.release.mode == "frozen-encoder":
             found.append("clients' own heads: trained without noise and never sent")
-        if weights:
-            found.append("examples held by several clients: the units are a client's examples")
+        found.append("examples held by several clients: the units are a client's examples")
     if public:
         found.append("the public pool: treated as public, wherever it was taken from")
     if options.swing.map != "off":

@@ -82,7 +82,12 @@ def _sentence(runs: Sequence[RunView]) -> str:
     worst = max(ledgers, key=epsilon_of)
     claim = Claim(**{**worst["claim"], "not_covered": ()})
     several = len({epsilon_of(ledger) for ledger in ledgers}) > 1
-    return claim.sentence(epsilon_of(worst)) + ("; the largest over seeds" if several else "")
+    seen = max((epsilon_of(c) for c in worst["clients"].values()), default=0.0)
+    return (
+        claim.sentence(epsilon_of(worst))
+        + claim.seen_by_all(epsilon_of(worst), seen)
+        + ("; the largest over seeds" if several else "")
+    )
 
 
 def _grouped(said: Mapping[str, str], everything: int) -> tuple[tuple[str, str], ...]:

@@ -118,6 +118,8 @@ class FedGen(ModelAveraging):
         if not generator:
             return arrays
         counts = state[LABELS].sum(0, dtype=np.float64)
+        # Noised counts may all be 0.
+        counts = counts if counts.any() else np.ones_like(counts)
         prior = (counts / counts.sum()).astype(np.float32)
         return {**arrays, **prefixed("generator", generator), PRIOR: prior}
 

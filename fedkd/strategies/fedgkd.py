@@ -98,7 +98,10 @@ class FedGKD(ModelAveraging):
     ) -> tuple[Arrays, Metrics]:
         """Average the uploads; the model they replace joins the last M - 1, the oldest leaves."""
         past = [select(state, f"past/{age}") for age in range(1, self.models)]
-        if state[LAST_ROUND].any():  # else the model replaced is the initial one, which nobody made
+        released = all(u.members is not None for u in uploads)
+        # Else the model replaced is the initial one, which nobody made. A noised mean was made in
+        # every round, also by nobody: whether somebody came must not show.
+        if (round_ > 1) if released else state[LAST_ROUND].any():
             past.insert(0, select(state, "model"))
         state, metrics = super().aggregate(state, uploads, round_, setting)
         kept = [weights for weights in past if weights][: self.models - 1]

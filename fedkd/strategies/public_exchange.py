@@ -31,11 +31,11 @@ from fedkd.privacy.payload import Histogram, Payload, Scores
 from fedkd.rng import Rng, stream
 from fedkd.strategies.averaging import loss_metrics
 from fedkd.strategies.base import Setting, Strategy
+from fedkd.strategies.data_free import COUNTS, label_counts_of
 from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
 
 CONSENSUS = "consensus/scores"
 CONSENSUS_ROUND = "consensus/round"
-COUNTS = "counts/labels"
 CHUNK = 4096
 
 
@@ -181,8 +181,7 @@ class PublicExchange(Strategy):
             logits = torch.cat([model(x) for x in data.x.split(CHUNK)])
             arrays = {f"{self.kind}/scores": self.answers(logits).cpu().numpy()}
         if self.fusion == "class-counts":
-            counts = torch.bincount(client.data.train.y, minlength=client.task.classes)
-            arrays[COUNTS] = counts.cpu().numpy().astype(np.int32)
+            arrays |= label_counts_of(client)
         return arrays
 
     def aggregate(

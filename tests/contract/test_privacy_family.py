@@ -12,8 +12,9 @@ from fedkd.engine.setup import prepare
 from fedkd.engine.simulate import in_process
 from fedkd.engine.simulation import Run, run
 from fedkd.errors import ConfigError
+from fedkd.rng import stream
 from fedkd.strategies.base import strategies
-from fedkd.types import FEDERATION, select
+from fedkd.types import FEDERATION, ClientInfo, Upload, select
 
 QUICK = {"generator_steps": 2, "server_steps": 2, "generator_width": 2, "generator_batch_size": 8}
 OPTIONS = {
@@ -97,7 +98,7 @@ def test_what_is_uploaded_is_what_was_declared(name, tiny, play, monkeypatch):
                 assert name in UNDECLARED
                 continue
             check_covered(upload.arrays, payload, name)
-        return uploads
+        return uploads, []
 
     monkeypatch.setattr(Guard, "fold", spy)
     play(tiny(named(name)), rounds=2)
@@ -155,6 +156,90 @@ def test_example_level_covers_or_is_refused(name, tiny, play):
         assert value == pytest.approx(epsilon(events, plan.delta, "rdp"))
         kept = History.from_rows(done.client_state(k)["privacy/history"])
         assert kept == events
+
+
+COUNTED = {
+    "ds-fl": {"fusion": "class-counts"},
+    "fedmd": {"digest_loss": "kl", "fusion": "class-counts"},
+    "fd": {"share_weights": True, "label_weighting": "examples"},
+    "fedgen": {"generator_steps": 4},
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_label_counts_leave_a_client_with_noise_only(name, tiny, play, monkeypatch):
+    uploads = []
+
+    def spy(self, round_, given, state):
+        uploads.extend(given)
+        return given, []
+
+    monkeypatch.setattr(Guard, "fold", spy)
+    done = play(tiny({"name": name, **COUNTED[name]}, EXAMPLE), rounds=1)
+    for upload in uploads:
+        held = np.bincount(done.prepared.federation.client(upload.client.id).train.y, minlength=10)
+        for key, value in upload.arrays.items():
+            if key.split("/")[-1] in ("counts", "labels") and value.shape == held.shape:
+                assert not np.array_equal(value, held), key
+    assert len(uploads) == 4
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_what_one_client_is_sent_does_not_show_who_else_came(name, tiny, play):
+    chosen = tiny(named(name, SUMMED[name]), CENTRAL)
+    done = play(chosen, rounds=1)
+    strategy, setting = done.prepared.strategy, done.prepared.setting
+    guard, states = done.strategy.guard, []
+    # The same release, made of the cohort of client 0 and of nobody but client 0.
+    for members in ((0,), (0, 1, 2)):
+        state = strategy.init(setting, stream(setting.seed, "server", "init"))
+        for round_ in (1, 2, 3):
+            payload = guard.payload(state, round_)
+            if payload:
+                released = guard.level.release(
+                    [], payload, 2.0, guard.norm, stream(0, "same", round_)
+                )
+                everybody = ClientInfo(id=FEDERATION, examples=1, model=setting.clients[0].model)
+                upload = Upload(
+                    client=everybody,
+                    arrays=released.arrays,
+                    members=() if members == (0,) and round_ == 1 else members,
+                )
+                state, _ = strategy.aggregate(state, [upload], round_, setting)
+        states.append(state)
+    for client in (setting.clients[0], setting.clients[3]):
+        one, two = (strategy.broadcast(s, client, 4, setting) for s in states)
+        assert {k: v.tobytes() for k, v in one.items()} == {k: v.tobytes() for k, v in two.items()}
+
+
+def test_two_runs_of_one_seed_share_no_noise(tiny, play):
+    still = {"clients.training.lr": 1e-12, "clients.participation": {"scheme": "full"}}
+    steps = []
+    for z in (1.0, 2.0):
+        changes = {**CENTRAL, **still, "privacy.noise_multiplier": z}
+        done = play(tiny(named("fedavg", SUMMED["fedavg"]), changes), rounds=0)
+        before = select(done.state, "model")
+        play(done.experiment, rounds=1, run=done)
+        after = select(done.state, "model")
+        steps.append(np.concatenate([(after[k] - before[k]).ravel() for k in sorted(after)]))
+    assert abs(np.corrcoef(*steps)[0, 1]) < 4 / np.sqrt(steps[0].size)
+
+
+def test_a_client_that_cannot_be_bounded_is_silent_and_the_round_goes_on(tiny, play, monkeypatch):
+    chosen = tiny(named("fedavg", SUMMED["fedavg"]), CENTRAL)
+    kind = type(prepare(chosen).strategy)
+    honest = kind.local_update
+
+    def broken(self, client, received):
+        update = honest(self, client, received)
+        key = next(iter(update.arrays))
+        update.arrays[key] = update.arrays[key].ravel()[:1]
+        return update
+
+    monkeypatch.setattr(kind, "local_update", broken)
+    done = play(chosen, rounds=2)
+    assert done.strategy.guard.ledger.epsilon() > 0
+    finite(done)
 
 
 @pytest.mark.parametrize("name", AVERAGED)

@@ -97,7 +97,7 @@ def reference(net, split, terms, training, lr, rng, dp):
     own = [t for t in terms if t.dp == "per-example"]
     apart = [t for t in terms if t.dp == "weights-only"]
     parameters = trained(net, terms)
-    noise = rng.child("dp-noise").numpy()
+    noise = rng.child("dp-noise", dp.address).numpy()
     expected = min(training.batch_size, len(split))
     for _, _, index in poisson(split, training, rng):
         total = [torch.zeros_like(p) for p in parameters]
