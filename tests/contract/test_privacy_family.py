@@ -5,11 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from flwr.serverapp import ServerApp
 
+from fedkd.engine.client_app import ClientSide
+from fedkd.engine.codec import decode
+from fedkd.engine.flower_strategy import FlowerStrategy
 from fedkd.engine.folder import RunFolder
 from fedkd.engine.guard import Guard, check_covered
 from fedkd.engine.setup import prepare
-from fedkd.engine.simulate import in_process
+from fedkd.engine.simulate import in_process, simulate
 from fedkd.engine.simulation import Run, run
 from fedkd.errors import ConfigError
 from fedkd.rng import stream
@@ -346,3 +350,25 @@ def test_the_run_stops_before_the_round_that_would_exceed_the_budget(tiny, tmp_p
     assert {"test", "validation", "global"} <= {
         r.get("split") for r in records if r["round"] == last
     }
+
+
+@pytest.mark.parametrize("plan", [CENTRAL, LOCAL, EXAMPLE], ids=["central", "local", "example"])
+def test_a_plan_holds_under_flowers_own_start(plan, tiny, play):
+    chosen = tiny(named("fedavg", SUMMED["fedavg"]), {**plan, "rounds": 2})
+    prepared = prepare(chosen)
+    server, results, ledgers = ServerApp(), [], []
+
+    @server.main()
+    def main(grid, context):
+        flower = FlowerStrategy(prepared)
+        initial = flower.initial_arrays()
+        results.append(flower.start(grid, initial_arrays=initial, num_rounds=2))
+        ledgers.append(flower.guard.ledger)
+
+    assert simulate(server, ClientSide(prepared).app(), 4).failures == []
+    ours = play(chosen)
+    theirs = decode(results[0].arrays)
+    assert {k: v.tobytes() for k, v in ours.state.items()} == {
+        k: v.tobytes() for k, v in theirs.items()
+    }
+    assert ledgers[0].state_dict() == ours.strategy.guard.ledger.state_dict()
