@@ -11,6 +11,7 @@ from fedkd.clients.client import Client
 from fedkd.config import experiment as make_experiment
 from fedkd.engine.checkpoint import from_bytes, to_bytes
 from fedkd.engine.client_app import OnFailure, check_finite
+from fedkd.engine.desk import Desk
 from fedkd.engine.folder import write_text, writing
 from fedkd.engine.setup import prepare
 from fedkd.engine.simulate import in_process
@@ -72,7 +73,10 @@ def replay(folder: Path) -> dict[str, Any]:
         device=prepared.device,
         public=setting.public,
     )
+    desk = Desk(prepared)
+    desk.equip(client)
     with in_process():
         update = prepared.strategy.local_update(client, received)
         check_finite(update.arrays)
-    return {"round": note["round"], "client": note["client"], "sent": sorted(update.arrays)}
+        arrays = desk.hand_out(client, received, update.arrays)
+    return {"round": note["round"], "client": note["client"], "sent": sorted(arrays)}

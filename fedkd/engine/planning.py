@@ -91,9 +91,10 @@ def _payload(options: Privacy, strategy: Strategy, setting: Setting) -> Payload:
     if payload is None:
         raise ConfigError(
             f"privacy.unit = {options.unit!r}: with these options the strategy uploads what no "
-            "mechanism covers (single examples' features, statistics, factors), so that nothing "
-            "could be claimed; set privacy = 'none', or use a strategy whose uploads are weights, "
-            "scores of a public pool or class means (fedavg, fedd2s, fd, fedproto, fedmd)"
+            "mechanism covers (single examples' features, statistics, factors, or what a strategy "
+            "of your own does not declare), so that nothing could be claimed; set privacy = "
+            "'none', or use a strategy whose uploads are weights, scores of a public pool or class "
+            "means (fedavg, fedd2s, fd, fedproto, fedmd)"
         )
     return payload
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from torch import nn
 
+from fedkd.engine.failures import failure_folder, replay
 from fedkd.engine.guard import Guard
 from fedkd.engine.planning import _example_level
 from fedkd.engine.setup import prepare
+from fedkd.engine.simulation import run
 from fedkd.errors import ConfigError, RunError
 from fedkd.options import build
 from fedkd.privacy.accounting import History
@@ -149,3 +151,26 @@ def test_releases_of_whole_tables_are_not_said_to_be_sampled(tiny):
     with_tables = prepare(tiny({"name": "fedproto"}, EXAMPLE)).plan.claim().sampling
     without = prepare(tiny("fedavg", EXAMPLE)).plan.claim().sampling
     assert "none in releases of class sums" in with_tables and "none" not in without
+
+
+def test_a_failure_is_replayed_under_the_plan_that_it_failed_under(tiny, tmp_path, monkeypatch):
+    changes = {
+        "privacy": {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-4},
+        "engine.checkpoint_every": 1,
+        "rounds": 1,
+    }
+    chosen = tiny("fedavg", changes)
+    kind = type(prepare(chosen).strategy)
+    honest, seen = kind.local_update, []
+
+    def watched(self, client, received):
+        seen.append(client.dp)
+        update = honest(self, client, received)
+        if client.info.id == 1 and len(seen) <= 4:
+            raise ValueError("for once")
+        return update
+
+    monkeypatch.setattr(kind, "local_update", watched)
+    run(chosen, tmp_path / "run")
+    replay(failure_folder(tmp_path / "run", 1, 1))
+    assert seen[-1] is not None and seen[-1].noise_multiplier == 1.0
