@@ -10,8 +10,7 @@ ALWAYS = (
     "failures: that a client's work raised an error, and a run that ends because of it",
     "checkpoints and failures kept in the run folder: they hold every client's own state",
     "choices made by looking at private data: hyper-parameters, the round to stop at",
-    "other runs on the same data: each adds its own epsilon, and runs of one seed share their "
-    "noise, which cancels between them if both are published",
+    "other runs on the same data: each adds its own epsilon",
     "the noise and the sampling themselves: drawn from the run's seed, so that a run can be "
     "repeated; whoever knows the seed can subtract it, and floating-point attacks are not defended "
     "against",

@@ -138,7 +138,7 @@ def test_an_encoder_that_mixes_examples_is_not_frozen(tiny, monkeypatch):
         ({"unit": "example"}, "reported to the server"),
         ({"unit": "client", "trust": "local"}, "how many training examples each client has"),
         ({"unit": "client"}, "readers of the run folder"),
-        ({"unit": "client"}, "runs of one seed share their noise"),
+        ({"unit": "client"}, "other runs on the same data"),
         ({"unit": "client"}, "failures"),
         ({"unit": "client", "release": {"votes": "confident-gnmax"}}, "max_epsilon is what"),
     ],
