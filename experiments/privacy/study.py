@@ -120,16 +120,25 @@ PROFILES = ("client", "swing", "example")
 
 
 def plan(profile: str, label: str, epsilon: float) -> Changes:
-    """Return the privacy options of a cell; infinity is no plan at all, all else being equal."""
-    if math.isinf(epsilon) or label == ALONE:
+    """Return the privacy options of a cell; infinity is no noise, all else being equal.
+
+    At client level that is no plan at all; at example level clipping stays, since three steps on
+    unclipped gradients at the learning rates that suit clipped ones are another method.
+    """
+    if label == ALONE or (math.isinf(epsilon) and profile != "example"):
         return {}
-    chosen: Changes = {"privacy.epsilon": epsilon, "privacy.delta": DELTA}
+    if math.isinf(epsilon):
+        chosen: Changes = {"privacy.noise_multiplier": 0.0, "privacy.delta": DELTA}
+    else:
+        chosen = {"privacy.epsilon": epsilon, "privacy.delta": DELTA}
     if profile != "example":
         return {"privacy.unit": "client", "privacy.accountant": "prv", **chosen}
     chosen |= {"privacy.unit": "example", "privacy.accountant": "rdp"}
     if label in TABLES:
         chosen["privacy.release.mode"] = "dpsgd+release"
-        chosen["privacy.release.noise_multiplier"] = table_noise(epsilon)
+        chosen["privacy.release.noise_multiplier"] = (
+            0.0 if math.isinf(epsilon) else table_noise(epsilon)
+        )
     return chosen
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.harness import load, percent, place, values
+from experiments.privacy.figure import draw
 from experiments.privacy.study import (
     ALONE,
     DELTA,
@@ -33,6 +34,7 @@ TITLES = {
     "swing": "Swing distillation beside constant temperature, at equal noise (FedMD)",
     "example": "One training example is hidden (clients train by DP-SGD)",
 }
+FIGURE = "![User accuracy by epsilon](epsilon.png)\n"
 BySeed = dict[int, float]
 Home = tuple[str, str]
 """The profile and the label that a row's runs are filed under."""
@@ -41,12 +43,13 @@ Source = Callable[[str, str, float], BySeed]
 
 
 def write(runs: Path, out: Path) -> None:
-    """Write ``results.md`` and ``results.json`` below ``out`` from whatever has finished."""
-    text, data = ["# Results of the privacy study\n", preamble()], {}
+    """Write tables, numbers and the figure below ``out`` from whatever has finished."""
+    text, data = ["# Results of the privacy study\n", preamble(), FIGURE], {}
     for profile in PROFILES:
         body, data[profile] = section(profile, runs)
         if body:
             text += [f"## {TITLES[profile]}\n", *body]
+    draw(data, out / "epsilon")
     (out / "results.md").write_text("\n".join(text), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print("\n".join(text))
@@ -65,7 +68,8 @@ def preamble() -> str:
         "95 % t interval; differences are paired by seed. *User accuracy* is the unweighted mean "
         "over clients on their own test data, composite read-out, mean of the last two rounds; "
         f"*global* is the balanced test set, last round. delta = {DELTA:g}; epsilon inf is the "
-        f"same run without a plan. `{ALONE}` releases nothing, so that it needs no noise: its one "
+        "same run without noise (at example level gradients are still clipped). "
+        f"`{ALONE}` releases nothing, so that it needs no noise: its one "
         "number stands in every column. What stays on a client is trained without noise at client "
         "level; at example level all training is DP-SGD but fine-tuning, which stays there too.\n"
     )
