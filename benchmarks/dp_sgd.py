@@ -2,7 +2,7 @@
 
     python benchmarks/dp_sgd.py --passes 7 --steps 40 --out dp_sgd.json
 
-Random images of Fashion-MNIST's size, the one training loop, one thread; each pass runs every mode
+Images of Fashion-MNIST, the one training loop, one thread; each pass runs every mode
 once, in turn, on the same data. Modes that need per-example gradients get Poisson batches of the
 same expected size, so their batches differ in size while the plain ones do not.
 """
@@ -21,7 +21,9 @@ from fedkd.clients.dp_sgd import DpSgd
 from fedkd.clients.local import fit
 from fedkd.clients.terms import Supervised
 from fedkd.clients.training import Training
+from fedkd.config import experiment
 from fedkd.data.federated import Split
+from fedkd.engine.setup import load_data
 from fedkd.models.base import build
 from fedkd.rng import Rng
 from fedkd.types import Task
@@ -36,10 +38,11 @@ MODES: dict[str, DpSgd | None] = {
 
 
 def data(n: int) -> Split:
-    """Return n random images with labels, in the format in which the engine holds them."""
-    x = torch.randn(n, *TASK.input_shape, generator=Rng(0, ("x",)).torch())
-    y = torch.randint(TASK.classes, (n,), generator=Rng(0, ("y",)).torch())
-    return Split(x.contiguous(memory_format=torch.channels_last), y)
+    """Return n training images with labels, in the format in which the engine holds them."""
+    source = {"name": "fashion-mnist", "limit": n, "test_limit": 100}
+    table = {"data": {"source": source, "partition": "iid", "validation": 0.0}}
+    table["clients"] = {"count": 1}
+    return load_data(experiment(table))[0].client(0).train
 
 
 def seconds(model: str, dp: DpSgd | None, split: Split, training: Training) -> float:

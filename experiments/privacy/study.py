@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 TUNING_SEED, TUNING_EPSILON = 100, 8.0
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
-FEW = {"swing": (4.0, 8.0, math.inf), "example": (1.0, 8.0, math.inf)}
+FEW = {"swing": (4.0, 8.0, math.inf)}
 DELTA = 1e-3
 """A tenth of 1 / clients, and below 1 / examples of the largest client."""
 ROUNDS = 8
@@ -157,8 +157,7 @@ def epsilons(profile: str, label: str) -> tuple[float, ...]:
         return (math.inf,)
     if label == DP_ALONE:
         return (TUNING_EPSILON,)
-    # DP-SGD on a hundred clients takes time: all columns for one method, three for the others.
-    return EPSILONS if label == "fedavg" else FEW.get(profile, EPSILONS)
+    return FEW.get(profile, EPSILONS)
 
 
 def labels(profile: str) -> list[str]:
