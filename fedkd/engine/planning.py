@@ -9,10 +9,12 @@ from torch import nn
 from fedkd.clients.dp_sgd import dp_problems, rate_of, steps_of
 from fedkd.config import Experiment
 from fedkd.errors import ConfigError
+from fedkd.privacy.checks import problems
 from fedkd.privacy.client_level import ClientLevel
 from fedkd.privacy.options import Privacy
 from fedkd.privacy.payload import Histogram, Payload, Scores, Table, Weights
-from fedkd.privacy.plan import Population, PrivacyPlan, make_plan, problems
+from fedkd.privacy.plan import PrivacyPlan, make_plan
+from fedkd.privacy.population import Population
 from fedkd.rng import stream
 from fedkd.strategies.base import Setting, Strategy
 from fedkd.types import Arrays, ClientInfo

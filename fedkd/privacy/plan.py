@@ -14,8 +14,10 @@ from functools import partial
 from fedkd.errors import ConfigError
 from fedkd.privacy.accounting import History, calibrate, delta_of, effective
 from fedkd.privacy.accounting import epsilon as epsilon_of
+from fedkd.privacy.checks import check_delta, check_none, problems
 from fedkd.privacy.ledger import Claim
 from fedkd.privacy.options import Privacy
+from fedkd.privacy.population import Population
 from fedkd.privacy.quick import noise_for
 from fedkd.privacy.uncovered import uncovered
 
@@ -24,40 +26,6 @@ CLOSE = 0.99
 """Share of a target that a calibrated epsilon has to reach: less would waste noise."""
 NEAR = 0.7
 """Share of the noise that a fast bound asks for, below which nobody looks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Population:
-    """The public facts of a federation that the cost of a mechanism follows from.
-
-    ``examples`` (N,) training examples of each client; ``turns`` (N,) in how many rounds each takes
-    part (at client level: in which anything is released), known beforehand since participation is
-    drawn from the seed alone; ``releases`` in how many rounds anything is released (none: all);
-    ``fits`` (N, .) the (sampling rate, steps) of a client's training in one round; ``tables`` how
-    many noised tables of class sums it releases a round. ``weights`` says whether weights travel,
-    ``public`` whether there is a public pool.
-    """
-
-    scheme: str
-    ratio: float
-    rounds: int
-    examples: tuple[int, ...]
-    turns: tuple[int, ...]
-    fits: tuple[tuple[tuple[float, int], ...], ...]
-    tables: int = 0
-    releases: int | None = None
-    weights: bool = True
-    public: bool = False
-
-    @property
-    def clients(self) -> int:
-        """How many clients there are."""
-        return len(self.examples)
-
-    @property
-    def everybody(self) -> bool:
-        """Whether every client takes part in every round."""
-        return self.scheme == "full" or self.ratio == 1.0
 
 
 @dataclass(frozen=True)
@@ -170,13 +138,13 @@ def make_plan(options: Privacy, population: Population) -> PrivacyPlan:
         ConfigError: the options contradict each other or the federation, or cannot be justified.
     """
     if options.unit == "none":
-        _check_none(options)
+        check_none(options)
         return PrivacyPlan(options, population, (), 0.0, 1.0)
     found = problems(options, population)
     if found:
         raise ConfigError("\n".join(found))
     if options.delta is not None:
-        _check_delta(options, population, options.delta)
+        check_delta(options, population, options.delta)
     rate = 1.0
     if options.unit == "client" and options.trust == "central" and population.scheme == "poisson":
         rate = 1.0 if population.everybody else population.ratio
@@ -190,25 +158,9 @@ def make_plan(options: Privacy, population: Population) -> PrivacyPlan:
     else:
         noise = _calibrated(draft, delta)
     plan = PrivacyPlan(options, population, noise, delta, rate)
-    _check_delta(options, population, delta)
+    check_delta(options, population, delta)
     _check_budget(plan)
     return plan
-
-
-def _check_none(options: Privacy) -> None:
-    """Refuse a budget without a mechanism: it would look like a claim."""
-    asked = {
-        "epsilon": options.epsilon,
-        "noise_multiplier": options.noise_multiplier,
-        "delta": options.delta,
-        "max_epsilon": options.max_epsilon,
-    }
-    given = [f"privacy.{name}" for name, value in asked.items() if value is not None]
-    if given:
-        raise ConfigError(
-            f"{' and '.join(given)} given, but privacy.unit = 'none' uses no mechanism and claims "
-            "nothing; set privacy.unit = 'client' or 'example', or leave the rest out"
-        )
 
 
 def planned(plan: PrivacyPlan, client: int, noise: float) -> History:
@@ -267,125 +219,6 @@ def _delta(plan: PrivacyPlan, epsilon: float, noise: float) -> float:
     clients = [0] if plan.central else range(plan.population.clients)
     histories = {str(h.events()): h for h in (planned(plan, k, noise) for k in clients)}
     return max(delta_of(h, epsilon, plan.options.accountant) for h in histories.values())
-
-
-def problems(options: Privacy, population: Population) -> list[str]:
-    """Return what contradicts itself, or cannot be justified, in options for a federation."""
-    found = _two_of_three(options)
-    if options.secure_mode:
-        found.append(
-            "privacy.secure_mode = true needs the library torchcsprng, which is not maintained for "
-            "this torch; set it to false, and do not deploy what this simulator draws"
-        )
-    swing = options.swing
-    if swing.map not in ("off", "constant") and swing.scorer_options.get("private"):
-        found.append(
-            "privacy.swing.scorer_options.private = true says that temperatures depend on private "
-            "data, but mechanisms take them as public; leave it out where the scorer reads public "
-            "data only, else set privacy.swing.map = 'constant', or privacy.unit = 'none'"
-        )
-    if options.adjacency == "replace-one" and options.unit == "example":
-        found.append(
-            "privacy.adjacency = 'replace-one' with unit 'example': the amplification of Poisson "
-            "sampling is accounted for adding or removing one example; use 'add-remove'"
-        )
-    if options.unit == "client":
-        found += _client_problems(options, population)
-    else:
-        found += _example_problems(options, population)
-    return found
-
-
-def _two_of_three(options: Privacy) -> list[str]:
-    given = {
-        "epsilon": options.epsilon,
-        "noise_multiplier": options.noise_multiplier,
-        "delta": options.delta,
-    }
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) == 3:
-        return [
-            "privacy.epsilon, noise_multiplier and delta are all given, and each follows from the "
-            "other two; leave one out"
-        ]
-    if len(names) < 2:
-        listed = f"only privacy.{names[0]}" if names else "none of them"
-        return [
-            "two of privacy.epsilon, noise_multiplier and delta give the third, but "
-            f"{listed} is set; for instance privacy.epsilon = 8.0 and privacy.delta = 1e-5"
-        ]
-    return []
-
-
-def _client_problems(options: Privacy, population: Population) -> list[str]:
-    found = []
-    if options.trust == "local" and options.adjacency == "add-remove":
-        found.append(
-            "privacy.adjacency = 'add-remove' with trust 'local': the server sees who sends, so "
-            "presence is not hidden; use 'zero-out' or 'replace-one'"
-        )
-    if options.trust == "central" and not population.everybody:
-        if population.scheme == "poisson" and options.adjacency == "replace-one":
-            found.append(
-                "privacy.adjacency = 'replace-one' with Poisson participation: the amplification "
-                "is accounted for adding or removing one client; use 'add-remove'"
-            )
-        if population.scheme != "poisson" and options.adjacency == "add-remove":
-            found.append(
-                f"clients.participation.scheme = {population.scheme!r} draws cohorts of a fixed "
-                "size, in which one client more or less displaces another; set it to 'poisson' "
-                "(amplified), or privacy.adjacency to 'zero-out' or 'replace-one' (not amplified)"
-            )
-    if options.release.votes == "confident-gnmax" and (
-        options.accountant != "rdp" or options.max_epsilon is None
-    ):
-        found.append(
-            "privacy.release.votes = 'confident-gnmax' answers as many queries as the votes allow; "
-            "such adaptive costs are covered by a Renyi filter only: set privacy.accountant = "
-            "'rdp' and privacy.max_epsilon"
-        )
-    return found
-
-
-def _example_problems(options: Privacy, population: Population) -> list[str]:
-    release, found = options.release, list[str]()
-    clipped = math.isfinite(options.dp_sgd.max_grad_norm)
-    if not clipped and options.noise_multiplier != 0 and release.mode != "frozen-encoder":
-        found.append(
-            "privacy.dp_sgd.max_grad_norm = inf bounds nothing, so no noise hides an example; give "
-            "a finite norm, for instance 1.0, or noise_multiplier = 0, which claims nothing"
-        )
-    if population.tables and release.mode == "refuse":
-        found.append(
-            "this strategy uploads means by class of clients' own examples, which training by "
-            "DP-SGD does not cover; set privacy.release.mode = 'dpsgd+release' (both are paid "
-            "for) with privacy.release.noise_multiplier, or 'frozen-encoder' where features come "
-            "from blocks that are not trained"
-        )
-    elif population.tables and release.noise_multiplier is None:
-        found.append(
-            "privacy.release.noise_multiplier is not set: it is the noise of one release of class "
-            "sums, in units of what one example can change; for instance 20"
-        )
-    if not population.tables and release.mode == "frozen-encoder":
-        found.append(
-            "privacy.release.mode = 'frozen-encoder' is for strategies that release class means "
-            "of features (fedproto); this one does not; leave it out"
-        )
-    return found
-
-
-def _check_delta(options: Privacy, population: Population, delta: float) -> None:
-    """Refuse a delta at which giving away one unit in the clear would be allowed."""
-    units = population.clients if options.unit == "client" else max(population.examples)
-    name = "clients" if options.unit == "client" else "examples of the largest client"
-    if delta >= 1 / units:
-        origin = "delta" if options.delta is not None else "delta (from epsilon and noise)"
-        raise ConfigError(
-            f"privacy.{origin} = {delta:.3g} is not below 1 / {units} ({name}): publishing one of "
-            "them in the clear would satisfy it; lower delta, for instance to 1e-5"
-            + ("" if options.delta is not None else ", by more noise or a larger epsilon")
-        )
 
 
 def _check_budget(plan: PrivacyPlan) -> None:

@@ -9,7 +9,8 @@ from fedkd.errors import ConfigError
 from fedkd.options import build
 from fedkd.privacy.accounting import History, epsilon
 from fedkd.privacy.options import Privacy
-from fedkd.privacy.plan import Population, make_plan
+from fedkd.privacy.plan import make_plan
+from fedkd.privacy.population import Population
 
 
 def population(**changes):

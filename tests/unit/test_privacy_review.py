@@ -13,7 +13,8 @@ from fedkd.errors import ConfigError, RunError
 from fedkd.options import build
 from fedkd.privacy.accounting import History
 from fedkd.privacy.options import Privacy
-from fedkd.privacy.plan import Population, make_plan
+from fedkd.privacy.plan import make_plan
+from fedkd.privacy.population import Population
 from fedkd.privacy.uncovered import uncovered
 from fedkd.strategies import class_exchange
 from fedkd.types import Upload
