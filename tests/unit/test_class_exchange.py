@@ -1,5 +1,7 @@
 """Class knowledge: what is said, remembered, fused and taught, and the terms that learn from it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from fedkd.clients.class_terms import FeatureMatch, HeadOnClasses, head_inputs
 from fedkd.clients.local import Batch
+from fedkd.data.federated import Split
 from fedkd.distill.fusion import ClassTable, fuse_classes
 from fedkd.distill.objectives.kl import KullbackLeibler
 from fedkd.distill.targets import ClassTargets
@@ -36,13 +39,17 @@ def silent(k):
 
 def test_a_client_says_means_by_class_and_its_numbers_only_where_asked():
     values = {"probs": torch.tensor([[1.0, 3.0], [3.0, 5.0], [7.0, 7.0]])}
-    y = torch.tensor([2, 2, 0])
-    plain, counted = summarise(values, y, False), summarise(values, y, True)
+
+    def client(y):
+        return SimpleNamespace(data=SimpleNamespace(train=Split(y, y)), release=None)
+
+    held = client(torch.tensor([2, 2, 0]))
+    plain, counted = summarise(held, values, False), summarise(held, values, True)
     assert plain["labels"].tolist() == [0, 2]
     assert plain["probs"].tolist() == [[7.0, 7.0], [2.0, 4.0]]
     assert set(plain) == {"labels", "probs"}
     assert counted["counts"].tolist() == [1, 2]
-    assert summarise(values, y[:0], True) == {}
+    assert summarise(client(torch.tensor([], dtype=torch.long)), values, True) == {}
 
 
 def test_the_server_remembers_one_table_a_client():

@@ -156,7 +156,7 @@ def test_other_data_as_the_pool(tiny, letters):
         ({"data.public.size": -1}, "data.public.size = -1"),
         ({"data.public.size": True}, "data.public.size = True"),
         ({"data.public.source": 3}, "data.public.source = 3: give a name"),
-        ({"data.public.sise": 3}, "data.public.sise = 3: Unexpected"),
+        ({"data.public.sise": 3}, "data.public.sise'; did you mean 'size'"),
     ],
 )
 def test_what_cannot_be_is_explained(tiny, changes, said):
