@@ -204,12 +204,13 @@ def _noise(
     if math.isinf(high) or epsilon_of(history_at(high), delta) > target:
         return calibrate(target, delta, history_at, accountant)
     low = high * NEAR
-    while epsilon_of(history_at(high), delta) < CLOSE * target:
+    if epsilon_of(history_at(low), delta) <= target:
+        # The bound is loose here, or the cost does not rest on this noise at all.
+        return calibrate(target, delta, history_at, accountant)
+    while epsilon_of(history_at(high), delta) < CLOSE * target and high - low > 1e-4 * high:
         middle = (low + high) / 2
         if epsilon_of(history_at(middle), delta) <= target:
             high = middle
-        elif high - middle < 1e-4 * high:
-            break
         else:
             low = middle
     return high

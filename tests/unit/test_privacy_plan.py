@@ -131,6 +131,19 @@ def test_every_client_is_calibrated_for_its_own_data():
     assert plan.noise[2] == plan.noise[3] == 0
 
 
+@pytest.mark.parametrize("target", [0.05, 0.11, 0.2, 0.5, 30.0, 300.0])
+def test_every_target_is_calibrated_in_finite_time(target):
+    plan = make_plan(privacy(unit="example", epsilon=target, delta=1e-5), population())
+    events = History([(z, q, steps * 10) for z, q, steps in plan.round_of(0)])
+    assert 0.9 * target < epsilon(events, 1e-5, "rdp") <= target
+
+
+def test_a_cost_that_does_not_rest_on_the_noise_is_calibrated_too():
+    release = {"mode": "frozen-encoder", "noise_multiplier": 20.0}
+    plan = make_plan(privacy(**EXAMPLE, release=release), population(tables=1, weights=False))
+    assert plan.round_of(0) == [(20.0, 1.0, 1)]
+
+
 def test_zero_noise_is_worth_nothing_and_says_so():
     plan = make_plan(privacy(unit="client", noise_multiplier=0.0, delta=1e-5), population())
     assert "epsilon = inf" in plan.claim().sentence(math.inf)
