@@ -46,6 +46,10 @@ def prefixed(prefix: str, arrays: Arrays) -> Arrays:
 class Task:
     """What is learned: the shape of one input and the number of classes.
 
+    In a ``sequence`` task an input is a row of L token numbers, int64 (L,), and at each place the
+    next token is predicted: logits (B, L, classes), labels (B, L), -1 where there is none.
+    ``class_names`` are then what the tokens stand for, and ``class_names[0] == ""`` is padding.
+
     ``bounds`` is the range of valid input values, such as black and white after normalisation: what
     generated inputs are kept within. It belongs to the data set, not to a client.
     """
@@ -55,6 +59,7 @@ class Task:
     classes: int
     class_names: tuple[str, ...] = ()
     bounds: tuple[float, float] = (-3.0, 3.0)
+    sequence: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

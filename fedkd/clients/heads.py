@@ -106,8 +106,8 @@ def infer(model: BlockNet, x: Tensor, at: tuple[str, ...]) -> tuple[Tensor, dict
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
-    """Return soft labels ``softmax(z / T)``, (n, C), as a constant."""
-    return functional.softmax(logits.detach() / temperature, dim=1)
+    """Return soft labels ``softmax(z / T)``, (..., C), as a constant."""
+    return functional.softmax(logits.detach() / temperature, dim=-1)
 
 
 def with_heads(

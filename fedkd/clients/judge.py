@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from fedkd.clients.client import Predictor
-from fedkd.data.federated import Split
+from fedkd.data.federated import UNLABELLED, Split
 
 CHUNK = 4096
 """Examples in one forward pass: bounds memory, large enough not to cost time."""
@@ -40,16 +42,32 @@ class Verdict:
         n = int(self.total.sum())
         return self.loss_sum / n if n else float("nan")
 
+    def bits_per_character(self, tokens: Sequence[str]) -> float:
+        """Return ``sum -log2 p / characters`` of a text; ``tokens`` are what the classes stand for.
+
+        It can be compared between tokenizers, which perplexity by token cannot.
+        """
+        characters = float(self.total @ np.array([len(token) for token in tokens]))
+        return self.loss_sum / math.log(2) / characters if characters else float("nan")
+
 
 @torch.inference_mode()
 def judge(predict: Predictor, split: Split, classes: int) -> dict[str, Verdict]:
-    """Return how each of a predictor's outputs does on ``split``; empty for an empty split."""
+    """Return how each of a predictor's outputs does on ``split``; empty for an empty split.
+
+    Of text every token counts by itself.
+    """
     found: dict[str, Verdict] = {}
-    for x, y in zip(split.x.split(CHUNK), split.y.split(CHUNK), strict=True):
+    size = CHUNK if split.y.dim() == 1 else max(1, CHUNK // split.y.shape[1])
+    for x, labels in zip(split.x.split(size), split.y.split(size), strict=True):
+        real = labels != UNLABELLED
+        # Every image has a label: it is not worth a copy.
+        y = labels if labels.dim() == 1 else labels[real]
         if len(y) == 0:
             continue
         total = np.bincount(y.cpu().numpy(), minlength=classes)
-        for name, output in predict(x).items():
+        for name, answer in predict(x).items():
+            output = answer if labels.dim() == 1 else answer[real]
             logp = functional.log_softmax(output, dim=1)
             hit = y[logp.argmax(1) == y].cpu().numpy()
             here = Verdict(

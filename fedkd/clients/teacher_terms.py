@@ -16,7 +16,7 @@ from torch.nn import functional
 from fedkd.clients.client import Predictor
 from fedkd.clients.heads import infer
 from fedkd.clients.local import Batch, Term
-from fedkd.clients.terms import Supervised
+from fedkd.clients.terms import Supervised, row_mean
 from fedkd.data.federated import Split
 from fedkd.distill.not_true import not_true_divergence
 from fedkd.distill.objectives.kl import KullbackLeibler
@@ -57,7 +57,8 @@ class LogitMatch(Term):
         self.logits, self.weight = logits, weight
 
     def __call__(self, batch: Batch) -> Tensor:
-        return (batch.logits - self.logits[batch.index]).square().mean(1)
+        values = (batch.logits - self.logits[batch.index]).square().mean(-1)
+        return values if values.dim() == 1 else row_mean(values, batch.y)
 
 
 class Peer:

@@ -9,15 +9,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkd.clients.local import Batch, Term
+from fedkd.data.federated import UNLABELLED
 from fedkd.distill.objectives.base import Objective, Temperature, squared
 from fedkd.distill.targets import Targets
 from fedkd.models.base import BlockNet
 
 
+def row_mean(values: Tensor, y: Tensor) -> Tensor:
+    """Return the mean over the tokens of each row that have a label: (B, L) -> (B,); 0 for none."""
+    real = y != UNLABELLED
+    return torch.where(real, values, torch.zeros_like(values)).sum(1) / real.sum(1).clamp_min(1)
+
+
 class Supervised(Term):
     """Cross-entropy with the true label, ``-log softmax(z)_y``, optionally label-smoothed.
 
-    With smoothing s the target is ``(1 - s) onehot(y) + s / C``; s = 0 is plain cross-entropy.
+    With smoothing s the target is ``(1 - s) onehot(y) + s / C``; s = 0 is plain cross-entropy. A
+    row of text costs the mean over its tokens.
     """
 
     name = "supervised"
@@ -26,9 +34,18 @@ class Supervised(Term):
         self.weight, self.label_smoothing = weight, label_smoothing
 
     def __call__(self, batch: Batch) -> Tensor:
-        return functional.cross_entropy(
-            batch.logits, batch.y, reduction="none", label_smoothing=self.label_smoothing
+        if batch.y.dim() == 1:
+            return functional.cross_entropy(
+                batch.logits, batch.y, reduction="none", label_smoothing=self.label_smoothing
+            )
+        values = functional.cross_entropy(
+            batch.logits.flatten(0, 1),
+            batch.y.flatten(),
+            ignore_index=UNLABELLED,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
         )
+        return row_mean(values.view(batch.y.shape), batch.y)
 
 
 class Proximal(Term):
@@ -77,7 +94,8 @@ class Distil(Term):
     that against a target of zeros. Targets are constants: no gradient reaches a teacher.
     ``temperature`` is one number, or (n,) of one for each training example. Without ``rescale`` the
     loss lacks the factor T^2: an example counts the less, the hotter it is taught. ``counts`` (n,)
-    multiplies the loss of each training example (none: 1), without making up for it elsewhere.
+    multiplies the loss of each training example (none: 1), without making up for it elsewhere. Text
+    is taught token by token, with targets (n, L, V) and temperatures and counts of (n, L).
     """
 
     name = "distil"
@@ -103,11 +121,18 @@ class Distil(Term):
         logits = batch.logits if self.head is None else self.head(batch.features[self.block])
         given = self.temperature
         temperature = given[batch.index] if isinstance(given, Tensor) else given
+        rows = logits.shape[:-1]
+        if len(rows) == 2:
+            logits, probs = logits.flatten(0, 1), probs.flatten(0, 1)
+            temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
         loss = self.objective(logits, probs, temperature)
         if not self.rescale:
             loss = loss / squared(temperature, loss)
+        loss = loss.view(rows)
         if self.counts is not None:
             loss = loss * self.counts[batch.index]
+        if len(rows) == 2:
+            return row_mean(loss, batch.y)
         return torch.where(mask, loss, torch.zeros_like(loss))
 
     def at(self) -> frozenset[str]:

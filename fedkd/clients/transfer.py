@@ -17,7 +17,7 @@ from fedkd.clients.heads import Weighted
 from fedkd.clients.local import FitResult, Term, fit
 from fedkd.clients.terms import Distil
 from fedkd.clients.training import Training
-from fedkd.data.federated import Split
+from fedkd.data.federated import UNLABELLED, Split
 from fedkd.distill.fusion_rules import Fusion
 from fedkd.distill.objectives.base import Objective, Temperature
 from fedkd.distill.targets import SampleTargets
@@ -58,13 +58,18 @@ class Ensemble:
             teacher.eval().requires_grad_(False)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return every teacher's logits, (K, B, C)."""
+        """Return every teacher's logits, (K, B, C); of text (K, B, L, V)."""
         return torch.stack([teacher(x) for teacher in self.teachers])
 
     def fuse(
         self, logits: Tensor, temperature: Temperature, labels: Tensor | None = None
     ) -> Tensor:
         """Return the fused probabilities (B, C) of teachers' logits (K, B, C)."""
+        if logits.dim() == 4:
+            rows = logits.shape[1:]
+            if isinstance(temperature, Tensor):
+                temperature = temperature.flatten()
+            return self.fuse(logits.flatten(1, 2), temperature, labels).view(rows)
         if self.weights is not None:
             logits = logits * self.weights[:, None, None]
         return fused(self.fusion, logits, temperature, self.shares, labels)
@@ -78,14 +83,15 @@ class Ensemble:
 
         ``temperature`` is one number, or (n,) of one for each input.
         """
-        parts = labels.split(CHUNK) if labels is not None else [None] * -(-len(x) // CHUNK)
+        size = CHUNK if x.dtype.is_floating_point else max(1, CHUNK // x.shape[1])
+        parts = labels.split(size) if labels is not None else [None] * -(-len(x) // size)
         by_part: Sequence[Temperature] = [temperature] * len(parts)
         if isinstance(temperature, Tensor):
-            by_part = temperature.split(CHUNK)
+            by_part = temperature.split(size)
         with torch.no_grad():
             found = [
                 self.probs(part, t, y)
-                for part, t, y in zip(x.split(CHUNK), by_part, parts, strict=True)
+                for part, t, y in zip(x.split(size), by_part, parts, strict=True)
             ]
         return torch.cat(found)
 
@@ -123,15 +129,21 @@ def transfer(
 
     ``x`` (n, ...), ``probs`` (n, C) soft targets at ``temperature``, one number or (n,) of one for
     each example; ``weights`` (n,) of examples with mean 1 (none: 1 for all). Without ``rescale``
-    the factor T^2 is left out. ``labels`` (n,) are only for ``terms``.
+    the factor T^2 is left out. ``labels`` (n,) are only for ``terms``; (n, L) of text say where
+    there is a token to learn.
 
     Raises:
         RunError: the loss is not finite; the message names the option ``where``.
     """
     y = labels if labels is not None else torch.zeros(len(x), dtype=torch.long, device=x.device)
     distil: Term = Distil(objective, SampleTargets(probs), temperature, 1.0, rescale=rescale)
-    if weights is not None:
+    if weights is not None and weights.dim() == 1:
         distil = Weighted(distil, weights)
+    elif weights is not None:
+        counts = weights / weights[y != UNLABELLED].mean()
+        distil = Distil(
+            objective, SampleTargets(probs), temperature, 1.0, rescale=rescale, counts=counts
+        )
     try:
         return fit(student, Split(x, y), [distil, *terms], training, training.lr, rng)
     except RunError:

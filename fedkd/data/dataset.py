@@ -15,6 +15,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from fedkd.data.tokenizers import Tokenizer
 from fedkd.errors import DataError
 from fedkd.options import options
 from fedkd.rng import Rng
@@ -27,14 +28,16 @@ class Dataset:
 
     Attributes:
         name: name of the source.
-        train_x: float32 ``(n, channels, height, width)`` or ``(n, features)``, normalised.
-        train_y: int64 ``(n,)``, each in ``0 .. classes - 1``.
+        train_x: float32 ``(n, channels, height, width)`` or ``(n, features)``, normalised; or rows
+            of text, int64 ``(n, L + 1)``, which a network reads up to L and predicts from 1 on.
+        train_y: int64 ``(n,)``, each in ``0 .. classes - 1``; 0 for text, whose labels are tokens.
         test_x: as ``train_x``, for the official test examples.
         test_y: as ``train_y``.
         classes: number of classes, whether or not each of them occurs.
         class_names: one name for each class, or none.
         train_ids: natural owner of each training example (int or str), where the data has owners.
         test_ids: natural owner of each test example.
+        tokenizer: what the numbers of a text stand for; its tokens are the classes.
 
     Raises:
         DataError: shapes disagree, a label is no class, or an input is NaN or infinite.
@@ -49,6 +52,7 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     train_ids: np.ndarray | None = None
     test_ids: np.ndarray | None = None
+    tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
         self._check("train", self.train_x, self.train_y, self.train_ids)
@@ -64,7 +68,9 @@ class Dataset:
             )
 
     def _check(self, part: str, x: np.ndarray, y: np.ndarray, ids: np.ndarray | None) -> None:
-        if x.ndim not in (2, 4) or x.dtype != np.float32:
+        if self.tokenizer is not None:
+            self._check_text(part, x)
+        elif x.ndim not in (2, 4) or x.dtype != np.float32:
             raise DataError(
                 f"{self.name}: {part}_x has shape {x.shape} and type {x.dtype}; allowed: float32 "
                 f"(n, features) or (n, channels, height, width)"
@@ -83,13 +89,36 @@ class Dataset:
             )
         if ids is not None and ids.shape != y.shape:
             raise DataError(f"{self.name}: {part}_ids has shape {ids.shape}; allowed: {y.shape}")
+        if x.dtype.kind != "f":
+            return
         with np.errstate(invalid="ignore", over="ignore"):
             finite = np.isfinite(x.sum(dtype=np.float64))
         if not finite:
             raise DataError(f"{self.name}: {part}_x holds NaN or infinite values; remove them")
 
+    def _check_text(self, part: str, x: np.ndarray) -> None:
+        if x.ndim != 2 or x.shape[1] < 2 or x.dtype != np.int64:
+            raise DataError(
+                f"{self.name}: {part}_x has shape {x.shape} and type {x.dtype}; allowed for text: "
+                "int64 (n, L + 1), rows of at least 2 tokens"
+            )
+        if len(x) and (x.min() < 0 or x.max() >= self.classes):
+            wrong = int(x.min()) if x.min() < 0 else int(x.max())
+            raise DataError(
+                f"{self.name}: {part}_x holds the token {wrong}; allowed: 0 to {self.classes - 1}"
+            )
+
     def task(self) -> Task:
         """Return what is learned from this data set, which is all that a model has to know."""
+        if self.tokenizer is not None:
+            return Task(
+                name=self.name,
+                input_shape=(self.train_x.shape[1] - 1,),
+                classes=self.classes,
+                class_names=self.class_names,
+                bounds=(0.0, float(self.classes - 1)),
+                sequence=True,
+            )
         return Task(
             name=self.name,
             input_shape=tuple(self.train_x.shape[1:]),

@@ -6,6 +6,7 @@ in the memory format that convolutions are fastest in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -21,10 +22,16 @@ from fedkd.errors import ConfigError
 from fedkd.rng import Rng
 from fedkd.types import Task
 
+UNLABELLED = -1
+"""The label of what has none: public examples of unknown class, places behind the end of a text."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Labelled examples as tensors: float32 ``x (n, ...)`` and int64 ``y (n,)``."""
+    """Labelled examples as tensors: float32 ``x (n, ...)`` and int64 ``y (n,)``.
+
+    Of text: int64 ``x (n, L)`` and the token that follows each of them, ``y (n, L)``, -1 for none.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
@@ -40,6 +47,18 @@ class ClientData:
     train: Split
     validation: Split
     test: Split
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """What is put into a client's training examples: rows as in a data set, ``x (p, ...), y (p,)``.
+
+    ``instead``: positions among the client's own training examples that they push out.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    instead: np.ndarray
 
 
 class Federation:
@@ -59,8 +78,10 @@ class Federation:
         train: list[np.ndarray],
         validation: list[np.ndarray],
         rng: Rng,
+        planted: Mapping[int, Planted] | None = None,
     ) -> None:
         self.dataset, self.partition = dataset, partition
+        self._planted = dict(planted or {})
         self.task: Task = dataset.task()
         self.clients = partition.clients
         self._train, self._validation, self._rng = train, validation, rng
@@ -95,12 +116,23 @@ class Federation:
         train, held = [p[0] for p in pairs], [p[1] for p in pairs]
         return cls(dataset, partition, train, held, rng)
 
+    def plant(self, planted: Mapping[int, Planted]) -> Federation:
+        """Return this federation with examples of no data set put into clients' training parts.
+
+        Validation and test examples, and what the partition says, stay as they are.
+        """
+        keep = [
+            np.delete(own, planted[k].instead) if k in planted else own
+            for k, own in enumerate(self._train)
+        ]
+        return Federation(self.dataset, self.partition, keep, self._validation, self._rng, planted)
+
     def client(self, i: int) -> ClientData:
         """Return the tensors of client ``i``, made at first use and kept."""
         with self._lock:
             if i not in self._made:
                 self._made[i] = ClientData(
-                    train=self._train_split([i], self._train),
+                    train=self._with_planted([i], self._train_split([i], self._train)),
                     validation=self._train_split([i], self._validation),
                     test=self._split("test", self.partition.test[i], self.partition.degrees[i]),
                 )
@@ -115,12 +147,14 @@ class Federation:
 
     def train_size(self, i: int) -> int:
         """Return the number of training examples of client ``i``, validation taken out."""
-        return len(self._train[i])
+        return len(self._train[i]) + (len(self._planted[i].y) if i in self._planted else 0)
 
     def sizes(self, i: int) -> dict[str, int]:
         """Return how many examples each split of client ``i`` has; nothing is made for it."""
         parts = {"train": self._train, "validation": self._validation, "test": self.partition.test}
-        return {split: len(indices[i]) for split, indices in parts.items()}
+        return {split: len(indices[i]) for split, indices in parts.items()} | {
+            "train": self.train_size(i)
+        }
 
     def absent(self, i: int) -> np.ndarray:
         """Return the classes of which client ``i`` has no training example."""
@@ -153,14 +187,27 @@ class Federation:
         """
         everybody = list(range(self.clients))
         return ClientData(
-            train=self._train_split(everybody, self._train),
+            train=self._with_planted(everybody, self._train_split(everybody, self._train)),
             validation=self._train_split(everybody, self._validation),
             test=self.global_test(),
         )
 
     @cached_property
     def _counts(self) -> np.ndarray:
-        return label_counts(self._train, self.dataset.train_y, self.dataset.classes)
+        found = label_counts(self._train, self.dataset.train_y, self.dataset.classes)
+        for k, planted in self._planted.items():
+            found[k] += np.bincount(planted.y, minlength=self.dataset.classes)
+        return found
+
+    def _with_planted(self, who: list[int], own: Split) -> Split:
+        parts = [own]
+        for k in who:
+            if k in self._planted:
+                put = self._planted[k]
+                parts.append(as_split(put.x, put.y, self.task))
+        if len(parts) == 1:
+            return own
+        return Split(compact(torch.cat([p.x for p in parts])), torch.cat([p.y for p in parts]))
 
     def _train_split(self, who: list[int], parts: list[np.ndarray]) -> Split:
         if not any(self.partition.degrees[i] for i in who):
@@ -171,8 +218,7 @@ class Federation:
     def _split(self, part: str, indices: np.ndarray, degrees: float = 0.0) -> Split:
         data = self.dataset
         x, y = (data.train_x, data.train_y) if part == "train" else (data.test_x, data.test_y)
-        images = torch.from_numpy(x[indices])
-        return Split(compact(rotate(images, degrees)), torch.from_numpy(y[indices]))
+        return as_split(x[indices], y[indices], self.task, degrees)
 
 
 def hold_out(
@@ -197,6 +243,19 @@ def hold_out(
     mask = np.zeros(len(indices), dtype=bool)
     mask[held] = True
     return indices[~mask], indices[mask]
+
+
+def as_split(x: np.ndarray, y: np.ndarray, task: Task, degrees: float = 0.0) -> Split:
+    """Return rows of a data set as tensors: text as what is read and what follows, images turned.
+
+    Rows of text (n, L + 1) become ``x (n, L)`` and ``y (n, L)``, -1 where the next is padding.
+    """
+    if task.sequence:
+        rows = torch.from_numpy(np.ascontiguousarray(x))
+        follows = rows[:, 1:].clone()
+        follows[follows == 0] = UNLABELLED
+        return Split(rows[:, :-1].contiguous(), follows)
+    return Split(compact(rotate(torch.from_numpy(x), degrees)), torch.from_numpy(y))
 
 
 def compact(x: torch.Tensor) -> torch.Tensor:

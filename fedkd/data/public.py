@@ -9,16 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from fedkd.data.dataset import Dataset, stratified_order
-from fedkd.data.federated import Split, compact
+from fedkd.data.federated import UNLABELLED, Split, as_split
 from fedkd.errors import DataError
 from fedkd.rng import Rng
 from fedkd.types import Task
-
-UNLABELLED = -1
-"""The label of public examples whose class is no class of the task."""
 
 
 def take_public(dataset: Dataset, size: int, rng: Rng) -> tuple[Dataset, Split]:
@@ -51,7 +47,7 @@ def take_public(dataset: Dataset, size: int, rng: Rng) -> tuple[Dataset, Split]:
         train_y=labels[left],
         train_ids=None if ids is None else ids[left],
     )
-    return rest, _split(dataset.train_x[chosen], labels[chosen])
+    return rest, as_split(dataset.train_x[chosen], labels[chosen], dataset.task())
 
 
 def foreign_pool(dataset: Dataset, task: Task, size: int, rng: Rng) -> Split:
@@ -62,7 +58,12 @@ def foreign_pool(dataset: Dataset, task: Task, size: int, rng: Rng) -> Split:
     Raises:
         DataError: one example has another shape than an input of the task, or there are too few.
     """
-    shape = tuple(dataset.train_x.shape[1:])
+    shape = dataset.task().input_shape
+    if task.sequence and dataset.class_names != task.class_names:
+        raise DataError(
+            f"data.public.source {dataset.name!r} has {dataset.classes} tokens, which are not the "
+            f"{task.classes} tokens of {task.name!r}; give both sources the same tokenizer"
+        )
     if shape != task.input_shape:
         raise DataError(
             f"data.public.source {dataset.name!r} has examples of shape {shape}, but an input of "
@@ -76,8 +77,4 @@ def foreign_pool(dataset: Dataset, task: Task, size: int, rng: Rng) -> Split:
         )
     chosen = np.sort(stratified_order(dataset.train_y, rng)[:size])
     labels = np.full(size, UNLABELLED, dtype=np.int64)
-    return _split(dataset.train_x[chosen], labels)
-
-
-def _split(x: np.ndarray, y: np.ndarray) -> Split:
-    return Split(compact(torch.from_numpy(x)), torch.from_numpy(y))
+    return as_split(dataset.train_x[chosen], labels, task)

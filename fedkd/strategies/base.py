@@ -52,7 +52,8 @@ class Strategy(ABC):
     and ``reconstruction`` where the paper could not be read in full. ``mixed`` says whether clients
     may have different architectures; ``pooled`` that one pseudo-client trains on the union of all
     data (an upper bound, not a federation); ``swings`` on what a teacher's soft targets can be
-    softened by swing distillation: clients' ``own`` examples, or the ``public`` pool.
+    softened by swing distillation: clients' ``own`` examples, or the ``public`` pool; ``sequences``
+    that it works on text, where a row has many labels and no class.
     """
 
     source: ClassVar[str] = ""
@@ -60,6 +61,7 @@ class Strategy(ABC):
     mixed: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     swings: ClassVar[Literal["", "own", "public"]] = ""
+    sequences: ClassVar[bool] = False
 
     def problems(self, setting: Setting) -> list[str]:
         """Return what in this setting the strategy cannot work with, before any round is run."""

@@ -28,6 +28,7 @@ class LocalOnly(Strategy):
     """
 
     source = "baseline"
+    sequences = True
     mixed = True
 
     label_smoothing: Annotated[
@@ -73,6 +74,7 @@ class Centralized(ModelAveraging):
     """
 
     source = "baseline"
+    sequences = True
     pooled = True
 
     def alone(self, setting: Setting) -> list[str]:

@@ -30,6 +30,7 @@ class Ditto(ModelAveraging):
     """
 
     source = "Li et al., ICML 2021, algorithm 1"
+    sequences = True
 
     lam: Annotated[NonNegative, Field(description="pull of the personal towards the global")] = 0.1
     personal_epochs: Annotated[Count, Field(description="local epochs of the personal model")] = 1

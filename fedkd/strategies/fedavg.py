@@ -25,6 +25,7 @@ class FedAvg(ModelAveraging):
     """
 
     source = "McMahan et al., AISTATS 2017, algorithm 1"
+    sequences = True
 
 
 @strategies.register("fedavg-ft")
@@ -39,6 +40,7 @@ class FedAvgFineTuned(ModelAveraging):
     """
 
     source = "common baseline; Collins et al., ICML 2021, section 5"
+    sequences = True
 
     finetune_epochs: Annotated[Count, Field(description="local epochs before judging")] = 1
 

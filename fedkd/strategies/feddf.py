@@ -43,6 +43,7 @@ class FedDF(DataFree):
 
     source = "Lin et al., NeurIPS 2020, algorithms 1 and 3"
     swings = "public"
+    sequences = True
 
     inputs: Annotated[
         Literal["public", "generator"],
@@ -60,6 +61,11 @@ class FedDF(DataFree):
 
     def problems(self, setting: Setting) -> list[str]:
         found = super().problems(setting)
+        if setting.task.sequence and (self.inputs == "generator" or self.fusion == "class-counts"):
+            found.append(
+                "text has no generator and no label counts; set strategy.inputs = 'public' and a "
+                "strategy.fusion other than 'class-counts'"
+            )
         if self.inputs == "generator" and not (self.fidelity_weight or self.diversity_weight):
             found.append(
                 "the generator has nothing to learn: strategy.fidelity_weight and diversity_weight "
@@ -107,9 +113,9 @@ class FedDF(DataFree):
         if swing is not None:
             probs = swing.of_probs(probs, self.stream(setting, round_, "swing"))
         known = setting.public.y if labels is None and setting.public is not None else None
-        if known is not None and bool((known >= 0).all()):
+        if known is not None and (setting.task.sequence or bool((known >= 0).all())):
             # For the reader only: a student can hardly be better than what it is taught.
-            hits = (probs.argmax(1) == known.to(probs.device)).float()
+            hits = (probs.argmax(-1) == known.to(probs.device))[known >= 0].float()
             metrics["server/ensemble_accuracy"] = float(hits.mean())
         for label, student in students.items():
             result = transfer(
@@ -120,6 +126,7 @@ class FedDF(DataFree):
                 temperature=at,
                 rescale=swing is None or swing.rescale,
                 weights=None if swing is None else swing.weights,
+                labels=known if setting.task.sequence else None,
                 training=self.student_training(),
                 rng=self.stream(setting, round_, "distil", label),
             )

@@ -37,6 +37,7 @@ class FedGKD(ModelAveraging):
     """
 
     source = "Yao et al., IEEE Transactions on Computers 2023 (arXiv:2107.00051)"
+    sequences = True
     evidence = "reconstruction"
     swings = "own"
 

@@ -26,6 +26,7 @@ class FedProx(ModelAveraging):
     """
 
     source = "Li et al., MLSys 2020, eq. 2"
+    sequences = True
 
     mu: Annotated[NonNegative, Field(description="weight of the proximal term; 0 is FedAvg")] = 0.01
 

@@ -23,6 +23,7 @@ class FedPer(ModelAveraging):
     """
 
     source = "Arivazhagan et al., arXiv:1912.00818, section 3"
+    sequences = True
 
     personal_layers: Annotated[
         Count, Field(description="blocks from the head down kept personal")
@@ -44,6 +45,7 @@ class LgFedAvg(ModelAveraging):
     """
 
     source = "Liang et al., arXiv:2001.01523, algorithm 1"
+    sequences = True
 
     shared: Annotated[
         Literal["head-end", "input-end"], Field(description="which end of the network is averaged")
