@@ -23,6 +23,8 @@ from fedkd.clients.training import Training
 from fedkd.errors import ConfigError
 from fedkd.options import Count, Numbers, build, options
 from fedkd.presets import preset
+from fedkd.privacy.auditing.options import Audit
+from fedkd.privacy.canaries.options import Canaries
 from fedkd.privacy.options import Privacy
 
 Table = dict[str, Any]
@@ -148,6 +150,8 @@ class Experiment:
     clients: Clients = Clients()
     engine: Engine = Engine()
     evaluate: Evaluate = Evaluate()
+    canaries: Canaries = Canaries()
+    audit: Audit = Audit()
     compare: Annotated[
         dict[str, Table],
         Field(description="label -> what differs: run beside this experiment, in one table"),
@@ -164,8 +168,13 @@ class Experiment:
     def digest(self) -> str:
         """Return a short hash of all that a result depends on (not of names, engine, others)."""
         table = {
-            k: v for k, v in self.table().items() if k not in ("name", "engine", "compare", "seeds")
+            k: v
+            for k, v in self.table().items()
+            if k not in ("name", "engine", "compare", "seeds", "audit")
         }
+        if self.canaries == Canaries():
+            # A federation without canaries is what it was before there were any.
+            del table["canaries"]
         if self.data.manifest and Path(self.data.manifest).is_file():
             content = Path(self.data.manifest).read_bytes()
             table["data"]["manifest"] = hashlib.sha256(content).hexdigest()

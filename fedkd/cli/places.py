@@ -107,7 +107,9 @@ def differences(there: Experiment, here: Experiment) -> list[str]:
     return [
         f"{key} ({one.get(key, 'none')} there, {two.get(key, 'none')} here)"
         for key in sorted(one.keys() | two.keys())
-        if one.get(key) != two.get(key) and not key.startswith("engine.") and key != "name"
+        if one.get(key) != two.get(key)
+        and not key.startswith(("engine.", "audit."))
+        and key != "name"
     ]
 
 

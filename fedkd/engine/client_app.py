@@ -149,10 +149,17 @@ class ClientSide:
             for name, verdict in judge(predict, examples, classes).items():
                 found[f"{readout}|{name}|{split}|accuracy"] = verdict.accuracy
                 found[f"{readout}|{name}|{split}|loss"] = verdict.loss
+                if client.task.sequence:
+                    bits = verdict.bits_per_character(client.task.class_names)
+                    found[f"{readout}|{name}|{split}|bits_per_character"] = bits
         if everywhere:
             absent = self.prepared.federation.absent(client.info.id)
             for name, verdict in judge(predict, self._global_test, classes).items():
                 found[f"{readout}|{name}|global|accuracy"] = verdict.accuracy
+                if client.task.sequence:
+                    bits = verdict.bits_per_character(client.task.class_names)
+                    found[f"{readout}|{name}|global|bits_per_character"] = bits
+                    continue
                 held = int(verdict.total[absent].sum())
                 if held:
                     hits = float(verdict.correct[absent].sum())

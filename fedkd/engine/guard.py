@@ -12,6 +12,7 @@ import numpy as np
 
 from fedkd.engine.setup import Prepared
 from fedkd.errors import CheckpointError, RunError
+from fedkd.privacy.canaries.clients import CanaryClients
 from fedkd.privacy.client_level import ClientLevel
 from fedkd.privacy.ledger import PrivacyLedger
 from fedkd.privacy.payload import Histogram, Payload, Scores, Table, Weights
@@ -35,6 +36,11 @@ class Guard:
         self.level = ClientLevel(self.plan.options, self.plan.noise_multiplier)
         # Two runs of one seed must not share noise: one less the other would show what it hides.
         self.digest = prepared.experiment.digest()
+        count = prepared.experiment.canaries.random_clients
+        self.canaries: CanaryClients | None = None
+        if count:
+            rng = stream(prepared.experiment.seed, "canaries", "clients")
+            self.canaries = CanaryClients(count, self.plan.rate, rng)
 
     def exhausted(self, round_: int, cohort: Sequence[int], state: Arrays) -> str | None:
         """Return why a round cannot be paid for any more, before anything of it is played."""
@@ -85,9 +91,12 @@ class Guard:
         uploads, failures = self._bounded(uploads, payload)
         expected = self.plan.expected()
         rng = stream(self.prepared.experiment.seed, "privacy", self.digest, round_)
-        released = self.level.release(
-            [u.arrays for u in uploads], payload, expected, self.norm, rng
-        )
+        sent = [u.arrays for u in uploads]
+        if self.canaries is not None:
+            sent += self.canaries.uploads(round_, _weights(payload), self.norm)
+        released = self.level.release(sent, payload, expected, self.norm, rng)
+        if self.canaries is not None:
+            self.canaries.observe(_weights(payload), released.arrays)
         self.norm = self.level.next_norm(
             self.norm, released.unclipped, expected, rng.child("count")
         )
@@ -165,7 +174,10 @@ class Guard:
         """Return everything that changes over rounds, as JSON."""
         if not self.plan.active:
             return {}
-        return {"ledger": self.ledger.state_dict(), "norm": self.norm}
+        state = {"ledger": self.ledger.state_dict(), "norm": self.norm}
+        if self.canaries is not None:
+            state["observed"], state["came"] = self.canaries.observed, self.canaries.came
+        return state
 
     def load_state_dict(self, state: Any) -> None:
         """Go on from :meth:`state_dict`.
@@ -178,8 +190,18 @@ class Guard:
         try:
             self.ledger.load_state_dict(state["ledger"])
             self.norm = float(state["norm"])
+            if self.canaries is not None:
+                self.canaries.observed = [[float(c) for c in row] for row in state["observed"]]
+                self.canaries.came = [[bool(c) for c in row] for row in state["came"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the privacy ledger cannot be read: {error!r}") from error
+
+
+def _weights(payload: Payload) -> Weights:
+    (part,) = payload
+    if not isinstance(part, Weights):
+        raise RunError("canary clients send weights, and this round releases none")
+    return part
 
 
 def declared(payload: Payload | None, round_: int) -> Payload:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fedkd.clients.dp_sgd import dp_problems, rate_of, steps_of
 from fedkd.config import Experiment
+from fedkd.engine.planting import canary_clients_fit
 from fedkd.errors import ConfigError
 from fedkd.privacy.checks import problems
 from fedkd.privacy.client_level import ClientLevel
@@ -35,6 +36,7 @@ def plan_for(experiment: Experiment, strategy: Strategy, setting: Setting) -> Pr
     elif options.unit == "example":
         found = _example_level(experiment, strategy, setting, payload)
     found += _votes(options, payload)
+    canary_clients_fit(experiment, strategy, setting, payload)
     facts = population(experiment, strategy, setting, payload)
     if options.unit != "none":
         found += problems(options, facts)

@@ -16,11 +16,13 @@ from fedkd.data.partition import Partition, divide
 from fedkd.data.public import foreign_pool, take_public
 from fedkd.data.registries import partitions, sources
 from fedkd.engine.planning import plan_for
+from fedkd.engine.planting import keep_back, planted
 from fedkd.engine.swinging import swing_plan, with_pool
 from fedkd.errors import ConfigError
 from fedkd.models.book import ModelBook
 from fedkd.models.registries import models
 from fedkd.options import build
+from fedkd.privacy.canaries.draw import CanarySet
 from fedkd.privacy.plan import PrivacyPlan
 from fedkd.privacy.swing import SwingPlan
 from fedkd.registry import Registry
@@ -40,6 +42,7 @@ class Prepared:
     device: torch.device
     plan: PrivacyPlan
     swing: SwingPlan | None = None
+    canaries: CanarySet | None = None
 
     @property
     def cohort_of(self) -> tuple[int, ...]:
@@ -107,7 +110,13 @@ def make_federation(experiment: Experiment) -> Federation:
 
 
 def load_data(experiment: Experiment) -> tuple[Federation, Split | None]:
-    """Return the federation and its public pool; both equal for every strategy of one seed.
+    """Return the federation and its public pool; see :func:`gather`."""
+    federation, pool, _ = gather(experiment)
+    return federation, pool
+
+
+def gather(experiment: Experiment) -> tuple[Federation, Split | None, CanarySet | None]:
+    """Return federation, public pool and canaries; equal for every strategy of one seed.
 
     A pool without a source of its own is taken out of the training examples *before* these are
     divided, so no client holds any of it. A manifest is one of the examples that are left, so its
@@ -118,7 +127,8 @@ def load_data(experiment: Experiment) -> tuple[Federation, Split | None]:
         DataError: the data are missing, damaged, or too few for the pool.
     """
     data, public = experiment.data, experiment.data.public
-    dataset = _load(data.source, "data.source")
+    # First, so that canaries are made of the same images whatever the seed takes for the pool.
+    dataset, kept = keep_back(experiment, _load(data.source, "data.source"))
     scheme = build(partitions.get(data.partition.name), data.partition.options, "data.partition")
     rng = stream(experiment.seed, "data")
     drawn = manifest.seed_of(Path(data.manifest)) if data.manifest else experiment.seed
@@ -150,7 +160,9 @@ def load_data(experiment: Experiment) -> tuple[Federation, Split | None]:
             )
     else:
         partition = divide(dataset, scheme, count, rng.child("partition"), data.partition.name)
-    return Federation.build(dataset, partition, validation=data.validation, rng=rng), pool
+    federation = Federation.build(dataset, partition, validation=data.validation, rng=rng)
+    federation, canaries = planted(experiment, federation, kept)
+    return federation, pool, canaries
 
 
 def _load(component: Component, where: str) -> Dataset:
@@ -177,7 +189,13 @@ def prepare(experiment: Experiment) -> Prepared:
     experiment = resolve(experiment)
     strategy = make_strategy(experiment.strategy)
     device = pick_device(experiment.engine.device)
-    federation, public = load_data(experiment)
+    federation, public, canaries = gather(experiment)
+    if federation.task.sequence and not strategy.sequences:
+        able = [name for name in strategies.names() if strategies.get(name).sequences]
+        raise ConfigError(
+            f"strategy {experiment.strategy.name!r} exchanges knowledge by class, and a row of "
+            f"text ({federation.task.name!r}) has none; use one of: {', '.join(able)}"
+        )
     chosen = experiment.clients.models or (experiment.model,)
     labels: list[str] = []
     specs: dict[str, tuple[str, dict[str, object]]] = {}
@@ -213,7 +231,7 @@ def prepare(experiment: Experiment) -> Prepared:
     if problems:
         raise ConfigError("\n".join(problems))
     plan = plan_for(experiment, strategy, setting)
-    return Prepared(experiment, federation, setting, strategy, device, plan, swing)
+    return Prepared(experiment, federation, setting, strategy, device, plan, swing, canaries)
 
 
 def pick_device(name: str) -> torch.device:

@@ -26,6 +26,7 @@ from fedkd.engine.flower_strategy import FlowerStrategy
 from fedkd.engine.folder import RunFolder
 from fedkd.engine.grid import FIRST_NODE_ID, LocalGrid
 from fedkd.engine.ledger import Direction, Ledger
+from fedkd.engine.planting import write_canaries
 from fedkd.engine.setup import Prepared, prepare, resolve
 from fedkd.engine.simulate import in_process
 from fedkd.errors import ConfigError
@@ -72,6 +73,8 @@ class Run:
         self.folder.begin(self.experiment.toml())
         federation = self.prepared.federation
         manifest.save(federation.partition, federation.dataset, self.folder.path / "partition.json")
+        if self.prepared.canaries is not None:
+            write_canaries(self.prepared.canaries, self.folder.path)
         self.state = self.strategy.initial()
         self._write(self._sizes())
         self.folder.event(f"started {self.experiment.name}: digest {self.experiment.digest()}")
