@@ -157,7 +157,7 @@ class PrivateStep:
                 raise
             return self._gradients(x, y, index)
         for name, loss in zip(self.own.names, losses, strict=True):
-            if loss.shape != y.shape:
+            if loss.shape != y.shape[:1]:
                 raise ConfigError(
                     f"DP-SGD: the term {name!r} returned the shape {tuple(loss.shape)} for "
                     f"{len(y)} examples; a per-example term returns one loss for each, (B,)"

@@ -177,6 +177,8 @@ def attached(parts: Sequence[nn.Module], mode: Mode, max_grad_norm: float) -> It
 
     # The first layer has no input to differentiate: torch says so in every process, once.
     warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+    # Token numbers are no floats, which functorch remarks on.
+    warnings.filterwarnings("ignore", message="In C[A-Z]+ autocast", category=UserWarning)
     root = nn.ModuleList(_separate(parts))
     strides = [(p, p.stride()) for p in root.parameters()]
     hooks: Any = None

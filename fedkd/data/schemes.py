@@ -115,7 +115,8 @@ class Natural(Scheme):
         if ids is None:
             raise DataError(
                 "partition natural needs to know who owns each example, and this data source does "
-                "not say; take femnist, shakespeare, an npz file with train_ids, or another partition"
+                "not say; take femnist, shakespeare, an npz file with train_ids, or another "
+                "partition"
             )
         owners, owner, sizes = np.unique(ids, return_inverse=True, return_counts=True)
         if clients > len(owners):

@@ -55,7 +55,7 @@ def with_pool(setting: Setting, plan: SwingPlan | None, strategy: Strategy) -> S
 def own(plan: SwingPlan, data: Split) -> tuple[SwingTargets, Tensor]:
     """Return how a client's targets are made, and the temperatures of its own examples (n,)."""
     if len(data) == 0:
-        return _targets(plan), data.y.new_zeros(0).double()
+        return _targets(plan), data.y.double()
     items = plan.of_data(data)
     return _targets(plan, items), items.temperatures
 

@@ -86,7 +86,7 @@ class BlockNet(nn.Module):
         self.add_module(HEAD, head)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``(batch, classes)``."""
+        """Return logits ``(batch, classes)``; of text one row a token, ``(batch, L, classes)``."""
         for _, block in self._sequence():
             x = block(x)
         return x
@@ -232,6 +232,11 @@ def images(task: Task, model: str, least: int) -> tuple[int, int, int]:
     Raises:
         ConfigError: the inputs are no images, or one side has fewer than ``least`` pixels.
     """
+    if task.sequence:
+        raise ConfigError(
+            f"model {model!r} needs images, and an input of task {task.name!r} is a row of text; "
+            "use model 'gpt-tiny' or 'lstm'"
+        )
     if len(task.input_shape) != 3:
         raise ConfigError(
             f"model {model!r} needs images (channels, height, width), but an input of task "

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
+from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet
 from fedkd.models.registries import models
 from fedkd.options import Count, options
@@ -28,7 +29,16 @@ class Mlp:
     ] = (200, 200)
 
     def build(self, task: Task) -> BlockNet:
-        """Return the structure for ``task``; any input shape fits."""
+        """Return the structure for ``task``; any shape of numbers fits.
+
+        Raises:
+            ConfigError: the inputs are text.
+        """
+        if task.sequence:
+            raise ConfigError(
+                f"model 'mlp' reads numbers, and an input of task {task.name!r} is a row of text; "
+                "use model 'gpt-tiny' or 'lstm'"
+            )
         sizes = (math.prod(task.input_shape), *self.hidden)
         blocks: dict[str, nn.Module] = {}
         for i, (before, after) in enumerate(pairwise(sizes), start=1):

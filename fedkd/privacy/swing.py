@@ -19,8 +19,9 @@ from fedkd.distill.targets import noised
 from fedkd.errors import ConfigError, DataError
 from fedkd.options import build
 from fedkd.privacy.options import Release, Swing
-from fedkd.privacy.scorers.base import ExampleScorer, Scorer, scorers
+from fedkd.privacy.scorers.base import ExampleScorer, Scorer, TokenScorer, scorers
 from fedkd.privacy.sensitivity import diameter
+from fedkd.privacy.token_swing import TokenScores, predicted
 from fedkd.rng import Rng
 from fedkd.types import Task
 
@@ -117,7 +118,10 @@ def targets(
 
 
 class Items(NamedTuple):
-    """T (n,) and sigma (n,), float64, and where not all count alike the loss weights (n,)."""
+    """T (n,) and sigma (n,), float64, and where not all count alike the loss weights (n,).
+
+    Of text (n, L): those of the token that is predicted at each place.
+    """
 
     temperatures: Tensor
     noise: Tensor
@@ -146,9 +150,8 @@ class SwingPlan:
         """
         pool = self._pool("scores its examples")
         if self.swing.map == "constant":
-            return self._made(torch.zeros(len(pool)), public=True)
-        scorer, scores = self._scorer, self._scores
-        return self._made(likelihood(scores) if scorer.ranked else scores, not scorer.private)
+            return self._constant(pool)
+        return self._made(pool, self._scores, public=not self._scorer.private)
 
     def of_data(self, data: Split) -> Items:
         """Return the same of examples that are not public, such as a client's own.
@@ -161,14 +164,33 @@ class SwingPlan:
             ConfigError: there is no pool, or the scorer cannot score the data.
         """
         if self.swing.map == "constant":
-            return self._made(torch.zeros(len(data)), public=True)
+            return self._constant(data)
         pool, scorer = self._pool("compares clients' own examples with it"), self._scorer
-        scores = scorer.score(data, pool, self.task, self.rng)
-        p = likelihood(scores, reference=self._scores) if scorer.ranked else scores
-        return self._made(p, public=False)
+        reference = self._scores[self._there(pool)]
+        if isinstance(scorer, ExampleScorer):
+            return self._made(data, scorer.score(data, pool, self.task, self.rng), reference)
+        return self._made(data, self._places.of(data), reference)
 
-    def _made(self, p: Tensor, public: bool) -> Items:
-        t = temperatures(p, self.swing)
+    def _there(self, data: Split) -> Tensor:
+        """Return which items there are: all examples, or the places of text (n, L) with a token."""
+        return predicted(data) if self.task.sequence else torch.ones(len(data), dtype=torch.bool)
+
+    def _constant(self, data: Split) -> Items:
+        p = torch.zeros(self._there(data).shape)
+        return self._items(p, temperatures(p, self.swing), public=True)
+
+    def _made(
+        self, data: Split, scores: Tensor, reference: Tensor | None = None, public: bool = False
+    ) -> Items:
+        there, p = self._there(data), scores
+        if self._scorer.ranked:
+            p = torch.zeros_like(scores, dtype=torch.float64)
+            p[there] = likelihood(scores[there], reference=reference)
+        # Behind the end of a text nothing is taught, and nothing is to be hidden.
+        t = temperatures(p, self.swing).where(there, self.swing.t_min)
+        return self._items(p, t, public)
+
+    def _items(self, p: Tensor, t: Tensor, public: bool) -> Items:
         clip = self.release.logit_clip
         noise = deviations(t, self.swing, self.task.classes, clip, public)
         return Items(t, noise, 1.0 - p.double() if self.swing.weights == "open" else None)
@@ -182,23 +204,38 @@ class SwingPlan:
         return self.pool
 
     @cached_property
-    def _scorer(self) -> ExampleScorer:
+    def _scorer(self) -> ExampleScorer | TokenScorer:
         scorer = self.scorer or build(
             scorers.get(self.swing.scorer),
             self.swing.scorer_options,
             "privacy.swing.scorer_options",
         )
-        if not isinstance(scorer, ExampleScorer):
+        task, wanted = self.task, TokenScorer if self.task.sequence else ExampleScorer
+        if not (isinstance(scorer, ExampleScorer | TokenScorer) and isinstance(scorer, wanted)):
+            does = (
+                f"scores whole examples, but {task.name!r} is text, where every token has its own "
+                "temperature"
+                if task.sequence
+                else f"scores tokens of text, but an input of {task.name!r} has shape "
+                f"{task.input_shape}"
+            )
+            able = ", ".join(n for n in scorers.names() if issubclass(scorers.get(n), wanted))
             raise ConfigError(
-                f"privacy.swing.scorer = {self.swing.scorer!r} scores tokens of text, but an input "
-                f"of {self.task.name!r} has shape {self.task.input_shape}; allowed are "
-                + ", ".join(n for n in scorers.names() if issubclass(scorers.get(n), ExampleScorer))
+                f"privacy.swing.scorer = {self.swing.scorer!r} {does}; allowed are {able}"
             )
         return scorer
 
     @cached_property
     def _scores(self) -> Tensor:
-        return self._scorer.score_public(self._pool("scores its examples"), self.task, self.rng)
+        pool, scorer = self._pool("scores its examples"), self._scorer
+        if isinstance(scorer, ExampleScorer):
+            return scorer.score_public(pool, self.task, self.rng)
+        return self._places.of_pool
+
+    @cached_property
+    def _places(self) -> TokenScores:
+        assert isinstance(self._scorer, TokenScorer)
+        return TokenScores(self._scorer, self._pool("scores its tokens"), self.task, self.rng)
 
 
 def prepare_swing(

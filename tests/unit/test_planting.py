@@ -1,4 +1,4 @@
-"""Canaries in a run: planted before round 1, written down, the same for every seed but the coins."""
+"""Canaries in a run: planted before round 1, written down, equal for every seed but the coins."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_text_is_refused_by_strategies_that_need_classes(tiny):
         "data.partition": "natural",
         "model": "gpt-tiny",
     }
-    with pytest.raises(ConfigError, match="exchanges knowledge by class.*fedavg"):
+    with pytest.raises(ConfigError, match=r"exchanges knowledge by class.*fedavg"):
         prepare(tiny("fd", text))
     prepare(tiny("fedavg", text))
 
