@@ -112,6 +112,29 @@ def doctor(arguments: Overrides = None, workspace: Workspace = HERE) -> int:
 
 
 @app.command()
+def audit(
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="FILE.toml|FOLDER [key.sub=value]...", show_default=False),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the results; default: runs/NAME-audit, or FOLDER."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    workspace: Workspace = HERE,
+) -> int:
+    """Plant secrets, train, and measure what is remembered; or audit finished runs in a FOLDER.
+
+    Runs, students and reference models are kept by the hash of what they follow from: the same
+    command again does only what is missing.
+    """
+    from fedkd.cli.audit import audit as command
+
+    return command(arguments or [], out, quiet=quiet, workspace=workspace)
+
+
+@app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(help="RUN/failures/round-R-client-K")],
     workspace: Workspace = HERE,

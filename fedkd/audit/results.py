@@ -1,0 +1,172 @@
+"""What an audit finds, as the numbers of ``audit.json``: exposure, attacks, bounds, reductions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from fedkd.audit.attacks import PREFERRED
+from fedkd.audit.subjects import Subject
+from fedkd.privacy.auditing.bound import Bound, per_copy
+from fedkd.privacy.auditing.bounds import all_bounds
+from fedkd.privacy.auditing.options import Audit
+from fedkd.privacy.auditing.roc import auc, roc, tpr_at
+from fedkd.privacy.canaries.draw import CanarySet
+from fedkd.privacy.exposure import Exposure, exposure, mean, reduction
+from fedkd.rng import Rng
+from fedkd.types import Estimate
+
+POINTS = 400
+"""At most so many points of a curve are written: enough for any figure."""
+
+
+def exposures(
+    subject: Subject, canaries: CanarySet, audit: Audit
+) -> tuple[np.ndarray, np.ndarray, list[Exposure]]:
+    """Return exposure in bits (m,), whether it is saturated (m,), and how it was estimated."""
+    m = len(canaries.x)
+    bits, saturated, how = np.empty(m), np.zeros(m, dtype=bool), []
+    for group in subject.groups:
+        others = group.references.bits if group.space is None else group.space
+        found = exposure(group.scores.bits, others, canaries.space, audit.estimator)
+        bits[group.canaries], saturated[group.canaries] = found.bits, found.saturated
+        how.append(found)
+    return bits, saturated, how
+
+
+def exposure_table(
+    bits: np.ndarray,
+    saturated: np.ndarray,
+    how: Sequence[Exposure],
+    canaries: CanarySet,
+    audit: Audit,
+    rng: Rng,
+) -> dict[str, Any]:
+    """Return exposure by level of repetition, of canaries planted and of those that were not."""
+
+    def estimate(which: np.ndarray, *purpose: str | int) -> dict[str, Any] | None:
+        if not which.any():
+            return None
+        return plain(mean(bits[which], rng.child("mean", *purpose), audit.confidence))
+
+    levels: dict[str, Any] = {}
+    for r in sorted(set(canaries.repetitions.tolist())):
+        level = canaries.repetitions == r
+        into, out = level & canaries.inside, level & ~canaries.inside
+        levels[str(r)] = {
+            "inside": estimate(into, "inside", r),
+            "outside": estimate(out, "outside", r),
+            "saturated": float(saturated[into].mean()) if into.any() else None,
+            "bits": [float(b) for b in bits[into]],
+        }
+    fits = [h.fit for h in how if not math.isnan(h.fit)]
+    notes = list(dict.fromkeys(note for h in how for note in h.notes))
+    return {
+        "method": "/".join(dict.fromkeys(h.method for h in how)),
+        "ceiling": number(min(h.ceiling for h in how)),
+        "fit": number(min(fits)) if fits else None,
+        "levels": levels,
+        "all": estimate(canaries.inside, "all"),
+        "null": estimate(~canaries.inside, "null"),
+        "notes": notes,
+    }
+
+
+def attack_table(
+    scores: Mapping[str, np.ndarray], inside: np.ndarray, confidence: float
+) -> dict[str, Any]:
+    """Return AUC, TPR at 1 % and 0.1 % FPR, and the curve of every attack."""
+    table = {}
+    for name, values in scores.items():
+        known = np.isfinite(values)
+        into, out = values[known & inside], values[known & ~inside]
+        if not len(into) or not len(out):
+            continue
+        curve = roc(into, out)
+        keep = np.unique(np.linspace(0, len(curve.fpr) - 1, POINTS).round().astype(int))
+        table[name] = {
+            "auc": plain(auc(into, out, confidence=confidence)),
+            "tpr": {
+                f"{fpr:g}": plain(tpr_at(into, out, fpr, confidence=confidence))
+                for fpr in (0.01, 0.001)
+            },
+            "judged": int(known.sum()),
+            "roc": {
+                "fpr": [float(v) for v in curve.fpr[keep]],
+                "tpr": [float(v) for v in curve.tpr[keep]],
+            },
+        }
+    return table
+
+
+def bound_table(
+    scores: Mapping[str, np.ndarray], canaries: CanarySet, audit: Audit, unit: str
+) -> list[dict[str, Any]]:
+    """Return lower bounds on epsilon by the preferred attack: of all canaries, and of each level.
+
+    What a coin changes is a group of protected units: under unit ``example`` every copy, under
+    ``client`` every holder. The bound of a group of r is divided by r (group privacy); over all
+    levels, by the largest.
+    """
+    name = next((n for n in PREFERRED if n in scores), next(iter(scores)))
+    values, found = scores[name], []
+    known = np.isfinite(values)
+    levels = sorted(set(canaries.repetitions.tolist()))
+    for level in ["all", *levels] if len(levels) > 1 else levels:
+        chosen = known & ((canaries.repetitions == level) | (level == "all"))
+        into, out = values[chosen & canaries.inside], values[chosen & ~canaries.inside]
+        if not len(into) or not len(out):
+            continue
+        groups = {
+            "example": int(canaries.changed[chosen].max()),
+            "client": canaries.options.clients,
+        }
+        size = groups.get(unit, 1)
+        for bound in all_bounds(into, out, confidence=audit.confidence, delta=audit.delta):
+            one = per_copy(bound, size) if size > 1 else bound
+            found.append({**of_bound(one), "attack": name, "level": str(level), "group": size})
+    return found
+
+
+def reductions(
+    bits: Mapping[str, np.ndarray], inside: np.ndarray, rng: Rng, confidence: float
+) -> dict[str, Any]:
+    """Return by how much each student remembers less than the teacher, raw and as excess.
+
+    Also against the student named ``plain``, where there is one: the published comparison.
+    """
+    table: dict[str, Any] = {}
+    for name, own in bits.items():
+        if not name.startswith("student:"):
+            continue
+        for against in ("teacher", "student:plain"):
+            if against not in bits or against == name:
+                continue
+            raw, excess = reduction(
+                bits[against][inside], own[inside], rng.child("reduction"), confidence
+            )
+            key = name.removeprefix("student:")
+            key = key if against == "teacher" else f"{key} against plain"
+            table[key] = {"raw": plain(raw), "excess": plain(excess)}
+    return table
+
+
+def of_bound(bound: Bound) -> dict[str, Any]:
+    """Return a bound as JSON."""
+    return {k: number(v) if isinstance(v, float) else v for k, v in asdict(bound).items()}
+
+
+def plain(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON, without numbers that JSON does not have."""
+    return {k: number(v) if isinstance(v, float) else v for k, v in asdict(estimate).items()}
+
+
+def number(value: float) -> float | str | None:
+    """Return a number as JSON has it: ``"inf"`` for infinity, None for NaN."""
+    if math.isnan(value):
+        return None
+    return float(value) if math.isfinite(value) else "inf"

@@ -1,0 +1,121 @@
+"""``fedkd audit``: what networks and releases remember of what was planted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedkd.audit.run import audit_run
+from fedkd.audit.study import audit_study
+from fedkd.cli import INTERRUPTED, complain
+from fedkd.cli.places import RUNS, read
+from fedkd.cli.progress import Tracker
+from fedkd.cli.run import failures_told_once, view
+from fedkd.cli.screen import screen
+from fedkd.config import Experiment, experiment, override, parse
+from fedkd.errors import ConfigError, FedkdError
+from fedkd.privacy.auditing.options import Audit
+from fedkd.report.runs import RUN, STUDY, stored
+
+
+class AuditTracker(Tracker):
+    """Follows an audit: its runs, and what is done with them."""
+
+    def doing(self, what: str) -> None:
+        """Show the next step."""
+        self.view.note(what)
+
+
+def audit(arguments: Sequence[str], out: Path | None, *, quiet: bool, workspace: Path) -> int:
+    """Audit an experiment file, or a folder of finished runs; return the exit code.
+
+    Raises:
+        ConfigError: there is nothing to audit, or it cannot be done as asked.
+    """
+    folders = [Path(a) for a in arguments if Path(a).is_dir()]
+    tracker = AuditTracker(view(quiet))
+    try:
+        try:
+            with failures_told_once():
+                if folders:
+                    overrides = [a for a in arguments if Path(a) not in folders]
+                    place, results, failed = _folders(folders, overrides, out, tracker)
+                else:
+                    made = read(arguments, workspace)
+                    place = out or workspace / RUNS / f"{made.name}-audit"
+                    if not quiet:
+                        tracker.view.note(f"{made.name}: results go to {place}")
+                    study = audit_study(made, place, watcher=tracker, workspace=workspace)
+                    results, failed = study.results, study.failed
+        finally:
+            tracker.view.end()
+    except KeyboardInterrupt:
+        complain("stopped; nothing finished is lost. Go on with the same command")
+        return INTERRUPTED
+    return _finish(place, results, failed)
+
+
+def _finish(place: Path, results: list[dict[str, Any]], failed: list[dict[str, Any]]) -> int:
+    """Print tables, write them and the figures; return 1 if something failed."""
+    from fedkd.report import audit_figures, audit_tables
+
+    console = screen()
+    if results:
+        audit_tables.show(results, console)
+        audit_tables.write(results, place)
+        audit_figures.draw(results, place)
+    for what in failed:
+        complain(f"audit of {what['label']}, seed {what['seed']} failed: {what['error']}")
+    console.print(f"Results: {place}", soft_wrap=True)
+    return 1 if failed or not results else 0
+
+
+def _folders(
+    folders: Sequence[Path], overrides: Sequence[str], out: Path | None, tracker: AuditTracker
+) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Audit finished runs: a run folder, or all runs of a comparison's folder."""
+    if len(folders) > 1:
+        raise ConfigError(f"{folders[0]} and {folders[1]}: give one folder")
+    (folder,) = folders
+    runs = _runs(folder)
+    known = {made.digest(): run for run, made in runs.items()}
+    results, failed = [], []
+    for run, made in runs.items():
+        label = made.strategy.name if run == folder else str(run.relative_to(folder).parts[0])
+        tracker.doing(f"audit of {run}")
+        try:
+            asked = _overridden(made, overrides)
+            results.append(audit_run(run, asked, label=label, known=known, watcher=tracker))
+        except ConfigError:
+            raise
+        except FedkdError as error:
+            failed.append({"label": label, "seed": made.seed, "error": str(error)})
+    return out or folder, results, failed
+
+
+def _runs(folder: Path) -> dict[Path, Experiment]:
+    """Return the runs in a folder, with their experiments."""
+    if (folder / RUN).is_file():
+        return {folder: stored(folder)}
+    found = sorted(folder.glob(f"*/seed-*/{RUN}")) if (folder / STUDY).is_file() else []
+    if not found:
+        raise ConfigError(
+            f"{folder} holds no run to audit; name the folder of a run or of a comparison, or an "
+            "experiment file"
+        )
+    return {file.parent: stored(file.parent) for file in found}
+
+
+def _overridden(made: Experiment, overrides: Sequence[str]) -> Audit:
+    """Return the audit options of a run, changed by ``audit.key=value``; nothing else can be."""
+    table = made.table()
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key.startswith("audit."):
+            raise ConfigError(
+                f"{text!r}: a finished run can only be audited in another way: give "
+                "audit.key=value, as in audit.reference_models=2"
+            )
+        override(table, key, parse(value))
+    return experiment(table).audit
