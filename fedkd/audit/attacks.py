@@ -8,7 +8,7 @@ import numpy as np
 
 from fedkd.audit.finished import Finished
 from fedkd.audit.subjects import Subject
-from fedkd.errors import ConfigError
+from fedkd.errors import ConfigError, DataError
 from fedkd.privacy.auditing.lira import lira
 from fedkd.privacy.auditing.released import released
 from fedkd.privacy.auditing.rmia import rmia
@@ -84,6 +84,9 @@ def _allowed(attack) -> np.ndarray | None:  # type: ignore[no-untyped-def]
     """Return an attack's scores, or None where the references do not suffice for it."""
     try:
         scores: np.ndarray = attack()
+    except DataError:
+        # Losses that are no numbers, runs that do not belong together: no matter of how many.
+        raise
     except ConfigError:
         return None
     return scores if np.isfinite(scores).any() else None

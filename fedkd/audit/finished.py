@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedkd.clients.client import Client, Predictor, personal
+from fedkd.data import manifest
 from fedkd.data.federated import Split, as_split
 from fedkd.engine.checkpoint import Checkpoint
 from fedkd.engine.folder import RunFolder
@@ -73,11 +74,14 @@ class Finished:
         return found
 
     def check(self) -> None:
-        """Refuse a run whose canaries cannot be made again, for instance of other data.
+        """Refuse a run whose data or canaries cannot be made again.
+
+        Students are taught on those data, and references are to have had the same.
 
         Raises:
             DataError: names the file that differs.
         """
+        manifest.load(self.folder / "partition.json", self.prepared.federation.dataset)
         file = self.folder / "canaries.json"
         if self.prepared.canaries is None:
             return
@@ -160,16 +164,24 @@ class Finished:
     def released(self) -> np.ndarray | None:
         """Return what the server releases beside weights as one vector (D,), or None.
 
-        Soft labels, consensus, prototypes: all that clients would receive next, networks left out.
+        Soft labels, consensus, prototypes: all that client 0 would receive next, networks and their
+        factors left out. What is sent by class has its place by class, 0 where one is missing.
         """
-        setting = self.prepared.setting
-        sent = self.prepared.strategy.broadcast(self.state, setting.clients[0], self.round, setting)
-        known = [set(setting.book.initial(label)) for label in setting.book.labels]
+        setting, after = self.prepared.setting, self.round + 1
+        sent = self.prepared.strategy.broadcast(self.state, setting.clients[0], after, setting)
+        known = {name for label in setting.book.labels for name in setting.book.initial(label)}
         parts = []
         for key in sorted(sent):
-            value, name = sent[key], key.split("/", 1)[-1]
-            if value.dtype.kind == "f" and not any(name in names for names in known):
-                parts.append(value.astype(np.float64).ravel())
+            value = sent[key]
+            if value.dtype.kind != "f" or not known.isdisjoint(key.split("/")):
+                continue
+            labels = sent.get(f"{key.rpartition('/')[0]}/labels")
+            if labels is not None and len(labels) == len(value):
+                # Runs of other seeds send other classes; only like may be compared with like.
+                whole = np.zeros((setting.task.classes, *value.shape[1:]))
+                whole[labels] = value
+                value = whole
+            parts.append(value.astype(np.float64).ravel())
         return np.concatenate(parts) if parts else None
 
 

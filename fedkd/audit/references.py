@@ -57,5 +57,7 @@ def reference_runs(
             if watcher is not None:
                 watcher.doing(f"reference run with seed {seed}")
             run(other, folder, resume=RunFolder(folder).exists(), watcher=watcher)
-        found.append(Finished.load(folder))
+        finished = Finished.load(folder)
+        finished.check()
+        found.append(finished)
     return found

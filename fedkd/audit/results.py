@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from fedkd.privacy.exposure import Exposure, exposure, mean, reduction
 from fedkd.rng import Rng
 from fedkd.types import Estimate
 
+JUDGED = 0.8
+"""Bounds are taken by an attack that judges at least this share of the canaries."""
 POINTS = 400
 """At most so many points of a curve are written: enough for any figure."""
 
@@ -31,9 +33,12 @@ def exposures(
     m = len(canaries.x)
     bits, saturated, how = np.empty(m), np.zeros(m, dtype=bool), []
     for group in subject.groups:
-        others = group.references.bits if group.space is None else group.space
-        found = exposure(group.scores.bits, others, canaries.space, audit.estimator)
-        bits[group.canaries], saturated[group.canaries] = found.bits, found.saturated
+        who = np.arange(len(group.canaries))
+        mine, others = group.scores.bits, group.references.bits
+        if group.space is not None and group.planted is not None:
+            who, mine, others = group.canaries, group.planted, group.space
+        found = exposure(mine, others, canaries.space, audit.estimator)
+        bits[group.canaries], saturated[group.canaries] = found.bits[who], found.saturated[who]
         how.append(found)
     return bits, saturated, how
 
@@ -95,6 +100,8 @@ def attack_table(
                 for fpr in (0.01, 0.001)
             },
             "judged": int(known.sum()),
+            "inside": len(into),
+            "outside": len(out),
             "roc": {
                 "fpr": [float(v) for v in curve.fpr[keep]],
                 "tpr": [float(v) for v in curve.tpr[keep]],
@@ -104,15 +111,18 @@ def attack_table(
 
 
 def bound_table(
-    scores: Mapping[str, np.ndarray], canaries: CanarySet, audit: Audit, unit: str
+    scores: Mapping[str, np.ndarray],
+    canaries: CanarySet,
+    audit: Audit,
+    unit: str,
+    adjacency: str = "add-remove",
 ) -> list[dict[str, Any]]:
     """Return lower bounds on epsilon by the preferred attack: of all canaries, and of each level.
 
-    What a coin changes is a group of protected units: under unit ``example`` every copy, under
-    ``client`` every holder. The bound of a group of r is divided by r (group privacy); over all
-    levels, by the largest.
+    What a coin changes is a group of protected units, see :func:`_group`; the bound of a group of
+    r is divided by r (group privacy); over all levels, by the largest.
     """
-    name = next((n for n in PREFERRED if n in scores), next(iter(scores)))
+    name = _preferred(scores)
     values, found = scores[name], []
     known = np.isfinite(values)
     levels = sorted(set(canaries.repetitions.tolist()))
@@ -121,15 +131,39 @@ def bound_table(
         into, out = values[chosen & canaries.inside], values[chosen & ~canaries.inside]
         if not len(into) or not len(out):
             continue
-        groups = {
-            "example": int(canaries.changed[chosen].max()),
-            "client": canaries.options.clients,
-        }
-        size = groups.get(unit, 1)
+        size, about = _group(canaries, chosen, unit, adjacency)
         for bound in all_bounds(into, out, confidence=audit.confidence, delta=audit.delta):
             one = per_copy(bound, size) if size > 1 else bound
+            one = replace(one, assumes=f"{one.assumes}; {about}")
             found.append({**of_bound(one), "attack": name, "level": str(level), "group": size})
     return found
+
+
+def _preferred(scores: Mapping[str, np.ndarray]) -> str:
+    """Return the first preferred attack that judges most canaries, which no target's coin tells.
+
+    A stronger attack on half of them certifies less than a weaker one on all.
+    """
+    able = [n for n in PREFERRED if n in scores and np.isfinite(scores[n]).mean() >= JUDGED]
+    return able[0] if able else next(iter(scores))
+
+
+def _group(canaries: CanarySet, chosen: np.ndarray, unit: str, adjacency: str) -> tuple[int, str]:
+    """Return how many neighbouring steps a coin is, and in words what it changes.
+
+    Under unit ``example`` every row that it adds or removes. Under ``client`` each holder is there
+    in either case and sends something else: one step where neighbours replace a client, but two
+    where they add, remove or silence one.
+    """
+    rows = int(canaries.changed[chosen].max())
+    if unit == "example":
+        if canaries.options.share:
+            return rows, f"a coin replaces {rows // 2} examples at most"
+        return rows, f"a coin adds {rows} copies at most, and clients' sizes are public"
+    if unit == "client":
+        steps = canaries.options.clients * (1 if adjacency == "replace-one" else 2)
+        return steps, f"a coin changes what {canaries.options.clients} holders send: {steps} steps"
+    return 1, f"epsilon is that of a whole canary, of up to {rows} rows: nothing smaller is claimed"
 
 
 def reductions(

@@ -98,11 +98,14 @@ def _memory(
     cheap = replace(audit, estimator="auto") if audit.estimator == "exact" else audit
     theirs = [subjects(o, cheap, cache) for o in others]
     rng = stream(run.prepared.experiment.seed, "audit", "bootstrap")
-    table, bits = {}, {}
+    table: dict[str, Any] = {}
+    bits: dict[str, np.ndarray] = {}
+    methods = set()
     for place, subject in enumerate(mine):
         _tell(watcher, f"attacking {subject.name}")
         own, saturated, how = exposures(subject, canaries, audit)
         bits[subject.name] = own
+        methods |= {h.method for h in how}
         scores = attacks(subject, [t[place] for t in theirs], inside)
         table[subject.name] = {
             "quality": dict(subject.quality),
@@ -121,6 +124,11 @@ def _memory(
                 "exposure": None,
                 **_attacked({"released": found}, run, audit),
             }
+    if len(methods) > 1:
+        # One extrapolated beyond the references, the other cut off there: that difference is no
+        # reduction.
+        same = replace(audit, estimator="interpolation")
+        bits = {subject.name: exposures(subject, canaries, same)[0] for subject in mine}
     levels = sorted(set(canaries.repetitions.tolist()))
     return {
         "canaries": {
@@ -130,19 +138,24 @@ def _memory(
             "inside": int(canaries.inside.sum()),
             "outside": int((~canaries.inside).sum()),
             "references": len(canaries.reference_x),
+            "clients": canaries.options.clients,
+            "copies": {
+                str(r): int(canaries.copies[canaries.repetitions == r].max()) for r in levels
+            },
             "reference_models": len(others),
             "space_bits": number(float(np.log2(canaries.space))),
         },
         "subjects": table,
         "reductions": reductions(bits, canaries.inside, rng, audit.confidence),
+        "reductions_by": "interpolation" if len(methods) > 1 else "/".join(methods),
     }
 
 
 def _attacked(scores: Mapping[str, np.ndarray], run: Finished, audit: Audit) -> dict[str, Any]:
-    canaries = run.canaries
+    canaries, privacy = run.canaries, run.prepared.plan.options
     return {
         "attacks": attack_table(scores, canaries.inside, audit.confidence),
-        "bounds": bound_table(scores, canaries, audit, run.prepared.plan.options.unit),
+        "bounds": bound_table(scores, canaries, audit, privacy.unit, privacy.adjacency),
     }
 
 

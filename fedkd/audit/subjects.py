@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,15 @@ from fedkd.privacy.auditing.options import Audit
 class Group:
     """Canaries (positions) that are judged by one network, with the references' scores there.
 
-    ``space``: the bits of every possible secret, where exposure is to be exact.
+    ``space``: the bits of every possible secret, where exposure is to be exact, and ``planted``
+    those of all canaries: this network may have seen the others as well, so they do not compete.
     """
 
     canaries: np.ndarray
     scores: Scores
     references: Scores
     space: np.ndarray | None = None
+    planted: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +114,10 @@ def _group(
         return score(predict, output, _moved(run, examples), audit.batch_size, what)
 
     mine = Split(run.examples.x[which], run.examples.y[which])
-    space = scored(run.space).bits if audit.estimator == "exact" else None
-    return Group(which, scored(mine), scored(run.references), space)
+    group = Group(which, scored(mine), scored(run.references))
+    if audit.estimator != "exact":
+        return group
+    return replace(group, space=scored(run.space).bits, planted=scored(run.examples).bits)
 
 
 def quality(

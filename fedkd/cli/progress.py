@@ -27,8 +27,8 @@ SHOWN_FAILURES = 3
 class Standing:
     """Where a comparison is: run k of n, round t of R, and what it has come to so far.
 
-    ``accuracy`` is the headline user accuracy of the last judged round, ``bytes`` what was sent
-    both ways in this run's training, ``failures`` the client failures of the whole comparison,
+    ``accuracy`` is the headline user accuracy of the last judged round, ``bits`` of text the bits
+    per character (NaN of anything else), ``bytes`` what was sent both ways in this run's training, ``failures`` the client failures of the whole comparison,
     ``left`` the seconds that are left, NaN where that is not known yet.
     """
 
@@ -41,6 +41,7 @@ class Standing:
     all_rounds: int = 0
     done_rounds: int = 0
     accuracy: float = math.nan
+    bits: float = math.nan
     bytes: float = 0.0
     failures: int = 0
     left: float = math.nan
@@ -55,6 +56,8 @@ class Standing:
         parts = [f"round {self.round}/{self.rounds}"]
         if not math.isnan(self.accuracy):
             parts.append(f"accuracy {100 * self.accuracy:.1f} %")
+        if not math.isnan(self.bits):
+            parts.append(f"{self.bits:.2f} bits/character")
         parts.append(size(self.bytes))
         if self.failures:
             parts.append(plural(self.failures, "client failure"))
@@ -101,7 +104,8 @@ class Tracker:
         """Begin a run."""
         s = self.standing
         s.run, s.label, s.seed = s.run + 1, cell.label, cell.seed
-        s.round, s.rounds, s.accuracy, s.bytes = 0, cell.experiment.rounds, math.nan, 0.0
+        s.round, s.rounds, s.bytes = 0, cell.experiment.rounds, 0.0
+        s.accuracy = s.bits = math.nan
         self.folder, self._seen = folder, 0
         # The predictor by which this strategy is compared, as in the run's summary.
         self._predict = str(cell.experiment.strategy.options.get("predict", "personal"))
@@ -141,17 +145,19 @@ class Tracker:
 
     def _read(self, log: Log) -> None:
         """Read the records that are new: all of them would take longer in every round."""
-        values: dict[int, list[float]] = {}
-        wanted = ("accuracy", "test", "composite", self._predict)
+        values: dict[str, dict[int, list[float]]] = {"accuracy": {}, "bits_per_character": {}}
+        wanted = ("test", "composite", self._predict)
         for r in log.records[self._seen :]:
             if r.metric in ("bytes_up", "bytes_down") and r.split == "train":
                 self.standing.bytes += r.value
-            elif (r.metric, r.split, r.readout, r.predict) == wanted:
-                values.setdefault(r.round, []).append(r.value)
+            elif r.metric in values and (r.split, r.readout, r.predict) == wanted:
+                values[r.metric].setdefault(r.round, []).append(r.value)
         self._seen = len(log.records)
-        if values:
-            last = values[max(values)]
-            self.standing.accuracy = math.fsum(last) / len(last)
+        accuracy, bits = (_last_mean(found) for found in values.values())
+        if accuracy is not None:
+            self.standing.accuracy = accuracy
+        if bits is not None:
+            self.standing.bits = bits
 
     def _tell(self, round_: int, failures: Sequence[str]) -> None:
         for failure in failures[:SHOWN_FAILURES]:
@@ -159,6 +165,14 @@ class Tracker:
         if len(failures) > SHOWN_FAILURES and self.folder is not None:
             more = len(failures) - SHOWN_FAILURES
             self.view.note(f"  and {more} more, see {self.folder / 'events.log'}")
+
+
+def _last_mean(values: dict[int, list[float]]) -> float | None:
+    """Return the mean of the last round, None without any."""
+    if not values:
+        return None
+    last = values[max(values)]
+    return math.fsum(last) / len(last)
 
 
 class Silent:

@@ -1,4 +1,4 @@
-"""A picture of a partition: who holds how much of which class, before anything is trained.
+"""A picture of a partition: who holds how much of which class, or of text, before training.
 
 A heat map reads well from 5 to 100 and more clients and for any number of classes; shades of one
 hue, safe for the colour-blind and in print, replace the ten hues that stacked bars would need.
@@ -15,7 +15,57 @@ import numpy as np
 from fedkd.data.federated import Federation
 
 WRITTEN_CELLS = 260
+WRITTEN_BARS = 30
 TICKS = 25
+
+
+def plot_holdings(
+    federation: Federation, path_stem: Path, title: str = "", planted: Sequence[int] = ()
+) -> list[Path]:
+    """Draw who trains on what: by class, or in rows of text, which have none.
+
+    ``planted``: how many of each client's rows of text are canaries. Files are as of
+    :func:`plot_labels`.
+    """
+    if not federation.task.sequence:
+        return plot_labels(federation, federation.dataset.class_names, path_stem, title)
+    unit = f"training rows of {federation.task.input_shape[0]} tokens"
+    return plot_rows(federation.counts().sum(1), path_stem, title, unit, planted)
+
+
+def plot_rows(
+    rows: np.ndarray,
+    path_stem: Path,
+    title: str = "",
+    unit: str = "training rows",
+    planted: Sequence[int] = (),
+) -> list[Path]:
+    """Draw the training rows of each client, ``rows (clients,)``; write a PNG and a PDF.
+
+    One bar a client, of which the upper part are ``planted`` ones; numbers on few bars.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    clients = len(rows)
+    put = np.array(planted) if len(planted) else np.zeros(clients, dtype=np.int64)
+    figure = Figure(figsize=(min(max(5.0, 2.0 + 0.3 * clients), 13.0), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw_sizes(axes, rows, rows - put)
+    if put.any():
+        axes.bar(np.arange(clients), put, bottom=rows - put, color="#e69f00", label="canaries")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    if clients <= WRITTEN_BARS:
+        for k, n in enumerate(rows):
+            axes.annotate(
+                f"{n}", (k, n), (0, 2), textcoords="offset points", ha="center", fontsize=7
+            )
+    axes.set_ylabel(unit)
+    axes.set_xlabel("client")
+    axes.tick_params(axis="x", labelbottom=True, bottom=True)
+    axes.set_xticks(np.arange(0, clients, _step(clients)))
+    return _written(figure, path_stem, title)
 
 
 def plot_labels(
@@ -56,6 +106,10 @@ def plot_labels(
     bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, 1]))
     bar.set_label("training examples (log scale)")
     _mark_scale(bar, int(counts.max(initial=1)))
+    return _written(figure, path_stem, title)
+
+
+def _written(figure: Any, path_stem: Path, title: str) -> list[Path]:
     if title:
         figure.suptitle(title, fontsize=11)
     path_stem.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +120,10 @@ def plot_labels(
     return files
 
 
-def _draw_sizes(axes: Any, totals: np.ndarray) -> None:
-    axes.bar(np.arange(len(totals)), totals, width=0.8, color="#5b6770")
+def _draw_sizes(axes: Any, totals: np.ndarray, own: np.ndarray | None = None) -> None:
+    """Draw a bar a client, and the mean; of ``own`` examples only, where others go on top."""
+    bars = totals if own is None else own
+    axes.bar(np.arange(len(totals)), bars, width=0.8, color="#5b6770", label="own")
     axes.set_ylabel("size")
     axes.set_ylim(0, max(1.0, 1.1 * totals.max()))
     axes.axhline(totals.mean(), color="#d55e00", linewidth=1, linestyle="--")
@@ -103,9 +159,7 @@ def _draw_cells(axes: Any, counts: np.ndarray, names: Sequence[str]) -> Any:
     )
     axes.set_xlabel("client")
     axes.set_ylabel("class")
-    step = -(-clients // TICKS)
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, clients) if s >= step)
-    axes.set_xticks(np.arange(0, clients, step))
+    axes.set_xticks(np.arange(0, clients, _step(clients)))
     every = -(-classes // 40)
     axes.set_yticks(np.arange(0, classes, every), list(names)[::every], fontsize=8)
     if clients <= 2 * TICKS:
@@ -120,6 +174,12 @@ def _draw_cells(axes: Any, counts: np.ndarray, names: Sequence[str]) -> Any:
                 colour = "white" if shade > 0.55 else "black"
                 axes.text(k, c, count, ha="center", va="center", fontsize=6.5, color=colour)
     return image
+
+
+def _step(clients: int) -> int:
+    """Return every how many clients a tick stands, so that there are few."""
+    least = -(-clients // TICKS)
+    return next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, clients) if s >= least)
 
 
 def _mark_scale(bar: Any, top: int) -> None:

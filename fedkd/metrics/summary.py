@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ def summarise(log: Log, last_k: int) -> dict[str, Any]:
     ``chosen_on_validation`` (the round with the best mean validation accuracy; never the best on
     test). Each has ``user_accuracy`` (unweighted mean over clients), ``weighted_accuracy`` (by
     test examples), ``std``, ``worst_share``, ``jain`` and, last only, ``by_client``.
+
+    Of text accuracies are those of the next token, and there is ``bits_per_character`` as well, the
+    unweighted mean over clients; lower is better.
     """
     readouts: dict[str, Any] = {}
     for readout in READOUTS:
@@ -57,11 +61,28 @@ def _readout(log: Log, readout: str, predict: str, last_k: int) -> dict[str, Any
         }
     loss = log.table("loss", "test", readout, predict)
     found["last"]["loss"] = _nanmean(loss[final])
-    for split in ("global", "absent"):
-        values = log.table("accuracy", split, readout, predict)[final]
+    for split, metric in (
+        ("global", "accuracy"),
+        ("absent", "accuracy"),
+        ("global", "bits_per_character"),
+    ):
+        values = log.table(metric, split, readout, predict)[final]
         if not np.isnan(values).all():
-            found["last"][f"{split}_accuracy"] = _nanmean(values)
+            found["last"][f"{split}_{metric}"] = _nanmean(values)
+    _add_bits(found, log.table("bits_per_character", "test", readout, predict), rounds, last_k)
     return found
+
+
+def _add_bits(found: dict[str, Any], table: np.ndarray, rounds: Sequence[int], last_k: int) -> None:
+    """Add bits per character, of the rounds that accuracies are of, where text was judged."""
+    means = {t: _nanmean(row) for t, row in zip(rounds, table, strict=True)}
+    judged = [value for value in means.values() if value is not None]
+    if not judged:
+        return
+    found["mean_last_k"]["bits_per_character"] = float(np.mean(judged[-last_k:]))
+    for rule in ("last", "chosen_on_validation"):
+        if rule in found:
+            found[rule]["bits_per_character"] = means[found[rule]["round"]]
 
 
 def _judged(row: np.ndarray, examples: np.ndarray) -> dict[str, float]:

@@ -97,8 +97,9 @@ def _row(
     ):
         values[key] = mean_t([r.entry("mean_last_k")[name] for r in runs])
     own = [_own(r) for r in runs]
-    everywhere = [r.entry("last").get("global_accuracy") for r in runs]
-    values |= _means({"own": own, "global": everywhere})
+    last = [r.entry("last") for r in runs]
+    values |= _means({"own": own, "global": [e.get("global_accuracy") for e in last]})
+    values |= _bits(runs)
     for key in ("bytes_up", "bytes_down"):
         values[key] = mean_t([r.summary["bytes"].get(key, 0.0) for r in runs])
     speeds = [r.summary["seconds"].get("train_per_round") for r in runs]
@@ -128,6 +129,22 @@ def _accuracy(runs: Sequence[RunView], rule: str) -> Estimate:
     over_clients = _over_clients(values[~np.isnan(values)], runs[0].seed)
     # The value is the summary's to the last bit: its mean is taken in another order.
     return replace(over_clients, value=means[0])
+
+
+def _bits(runs: Sequence[RunView]) -> dict[str, Estimate]:
+    """Return bits per character, own and global, where all runs are of text."""
+    key = "bits_per_character"
+    found = _means({
+        key: [r.entry("mean_last_k").get(key) for r in runs],
+        f"global_{key}": [r.entry("last").get(f"global_{key}") for r in runs],
+    })  # fmt: skip
+    if key in found and len(runs) == 1:
+        values = runs[0].log.table(key, "test", *runs[0].headline)
+        rows = values[~np.isnan(values).all(1)][-runs[0].experiment.evaluate.last_k :]
+        seen = ~np.isnan(rows)
+        each = np.where(seen, rows, 0).sum(0)[seen.any(0)] / seen.sum(0)[seen.any(0)]
+        found[key] = replace(_over_clients(each, runs[0].seed), value=found[key].value)
+    return found
 
 
 def _over_clients(values: np.ndarray, seed: int) -> Estimate:
@@ -205,7 +222,10 @@ def _readouts(runs: Sequence[RunView]) -> list[Readout]:
             }
             for key in ("weighted_accuracy", "std", "worst_share", "jain"):
                 columns[key] = [e["mean_last_k"].get(key) for e in entries]
-            for key in ("loss", "global_accuracy", "absent_accuracy"):
+            for key in (
+                *("loss", "bits_per_character"),
+                *("global_accuracy", "global_bits_per_character", "absent_accuracy"),
+            ):
                 columns[key] = [e["last"].get(key) for e in entries]
             found.append(
                 Readout(
@@ -230,6 +250,12 @@ def _notes(study: StudyResult, runs: dict[str, list[RunView]]) -> list[str]:
         f"({finished[0].headline[0]}), mean of the last {k} judged rounds, in %.",
         _interval_note(runs),
     ]
+    if any("bits_per_character" in r.entry("last") for r in finished):
+        notes.append(
+            "Text: accuracy is next-token accuracy, the share of tokens that are predicted right. "
+            "Bits per character: -log2 p of the text over its characters, mean over clients and "
+            "rounds as accuracy; lower is better, and tokenizers can be compared by it."
+        )
     strategies = {r.summary["strategy"] for r in finished}
     several = max(len(found) for found in runs.values()) > 1
     if REFERENCE in strategies and len(runs) > 1:

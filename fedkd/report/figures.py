@@ -1,22 +1,24 @@
-"""The figures of runs and comparisons: accuracy by round, bytes, fairness, who holds which class.
+"""The figures of runs and comparisons: accuracy by round, bytes, fairness, who holds what.
 
-Each is a view of ``metrics.jsonl`` (label distributions: of the data), drawn with matplotlib's
+Each is a view of ``metrics.jsonl`` (what clients hold: of the data), drawn with matplotlib's
 objects; no state is shared with figures of the caller's own.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedkd.data.preview import plot_labels
+from fedkd.data.preview import plot_holdings
 from fedkd.engine.folder import writing
-from fedkd.engine.setup import make_federation
+from fedkd.engine.setup import gather
 from fedkd.engine.study import StudyResult
 from fedkd.errors import DataError
 from fedkd.metrics.intervals import mean_t
@@ -24,7 +26,27 @@ from fedkd.report.runs import RunView, views
 from fedkd.report.style import colour, figure, legend
 
 PLOTS = "plots"
-USER = "user accuracy in %"
+USER, TOKENS = "user accuracy in %", "next-token accuracy in %"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What stands on an axis: ``scale`` times a metric, which has values from ``low`` to ``high``.
+
+    ``note`` is added to titles.
+    """
+
+    metric: str
+    title: str
+    scale: float
+    low: float
+    high: float
+    note: str = ""
+
+
+ACCURACY = Measure("accuracy", USER, 100, -4, 104)
+NEXT_TOKEN = Measure("accuracy", TOKENS, 100, -4, 104)
+BITS = Measure("bits_per_character", "bits per character", 1, 0, math.inf, note="; lower is better")
 
 
 def write(study: StudyResult) -> list[Path]:
@@ -41,40 +63,58 @@ def write(study: StudyResult) -> list[Path]:
     with writing(study.folder):
         made = labels(runs)
         for run in runs:
-            made += accuracy_of_clients(run, run.folder / PLOTS / "accuracy")
+            made += accuracy_of_clients(run, run.folder / PLOTS / "accuracy", measured([run]))
+            if of_text(run):
+                made += accuracy_of_clients(run, run.folder / PLOTS / "bits", BITS)
         if shared:
             first = runs[0].folder / PLOTS
-            made += _copied([first / f"labels{suffix}" for suffix in (".png", ".pdf")], own)
-            made += accuracy(groups, own / "accuracy")
+            for stem in ("labels", "rows"):
+                made += _copied([first / f"{stem}{suffix}" for suffix in (".png", ".pdf")], own)
+            made += accuracy(groups, own / "accuracy", measured(runs))
+            if all(map(of_text, runs)):
+                made += accuracy(groups, own / "bits", BITS)
         made += traffic(groups, own / "bytes")
         made += clients(groups, own / "clients")
     return made
 
 
-def accuracy_of_clients(run: RunView, stem: Path) -> list[Path]:
+def of_text(run: RunView) -> bool:
+    """Return whether a run predicts text, where classes mean nothing and bits do."""
+    return "bits_per_character" in run.entry("last")
+
+
+def measured(runs: Iterable[RunView]) -> Measure:
+    """Return the accuracy as it is called where all runs are of text, and elsewhere."""
+    return NEXT_TOKEN if all(map(of_text, runs)) else ACCURACY
+
+
+def accuracy_of_clients(run: RunView, stem: Path, measure: Measure = ACCURACY) -> list[Path]:
     """Draw one run's accuracy by round: the mean over clients and the 10-90 % band of them."""
-    rounds, table = run.judged()
+    rounds, table = _judged(run, measure)
     made: list[Path] = []
     if not rounds:
         return made
-    low, middle, high = 100 * np.nanquantile(table, (0.1, 0.5, 0.9), axis=1)
+    low, middle, high = np.nanquantile(table, (0.1, 0.5, 0.9), axis=1)
     with figure(2.8, stem, made) as (drawn, axes):
         style = colour(0)
         axes.fill_between(
             rounds, low, high, color=style["color"], alpha=0.18, linewidth=0,
             label="10 to 90 % of clients",
         )  # fmt: skip
-        axes.plot(rounds, 100 * np.nanmean(table, axis=1), **style, label="mean over clients")
+        axes.plot(rounds, np.nanmean(table, axis=1), **style, label="mean over clients")
         axes.plot(rounds, middle, color=style["color"], linewidth=0.9, linestyle=":",
                   label="median client")  # fmt: skip
         readout, predict = run.headline
-        axes.set_title(f"{run.label}, seed {run.seed} ({readout}, {predict})", loc="left")
-        _rounds(axes, rounds)
+        title = f"{run.label}, seed {run.seed} ({readout}, {predict}){measure.note}"
+        axes.set_title(title, loc="left")
+        _rounds(axes, rounds, measure)
         legend(drawn, axes)
     return made
 
 
-def accuracy(groups: dict[str, list[RunView]], stem: Path) -> list[Path]:
+def accuracy(
+    groups: dict[str, list[RunView]], stem: Path, measure: Measure = ACCURACY
+) -> list[Path]:
     """Draw the accuracy by round of every label: mean over seeds, band its 95 % interval."""
     made: list[Path] = []
     several = max(len(found) for found in groups.values()) > 1
@@ -82,7 +122,7 @@ def accuracy(groups: dict[str, list[RunView]], stem: Path) -> list[Path]:
     with figure(3.1 + 0.1 * len(groups), stem, made) as (drawn, axes):
         longest: list[int] = []
         for i, (label, runs) in enumerate(groups.items()):
-            rounds, means = _over_seeds([_series(run) for run in runs])
+            rounds, means = _over_seeds([_series(run, measure) for run in runs])
             if not rounds:
                 continue
             longest = max(longest, rounds, key=len)
@@ -94,8 +134,8 @@ def accuracy(groups: dict[str, list[RunView]], stem: Path) -> list[Path]:
                     rounds, low, high, color=colour(i)["color"], alpha=shade, linewidth=0
                 )
         title = "mean over seeds with 95 % interval" if several else "mean over clients, one seed"
-        axes.set_title(title, loc="left")
-        _rounds(axes, longest)
+        axes.set_title(title + measure.note, loc="left")
+        _rounds(axes, longest, measure)
         legend(drawn, axes)
     return made
 
@@ -106,7 +146,7 @@ def traffic(groups: dict[str, list[RunView]], stem: Path) -> list[Path]:
     with figure(3.1 + 0.1 * len(groups), stem, made) as (drawn, axes):
         silent, sent = [], []
         for i, (label, runs) in enumerate(groups.items()):
-            rounds, means = _over_seeds([_series(run) for run in runs])
+            rounds, means = _over_seeds([_series(run, ACCURACY) for run in runs])
             if not rounds:
                 continue
             _, bytes_ = _over_seeds([_sent(run, rounds) for run in runs])
@@ -126,7 +166,7 @@ def traffic(groups: dict[str, list[RunView]], stem: Path) -> list[Path]:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("MB of training sent until then, up and down")
-        axes.set_ylabel(USER)
+        axes.set_ylabel(measured(run for runs in groups.values() for run in runs).title)
         across = "; a line all across sends nothing" if silent else ""
         axes.set_title(f"accuracy against traffic{across}", loc="left")
         legend(drawn, axes)
@@ -144,7 +184,8 @@ def clients(groups: dict[str, list[RunView]], stem: Path) -> list[Path]:
             marker = {"marker": "o", "markersize": 2.5} if size <= 40 else {}
             axes.plot(np.arange(1, size + 1), values, **colour(i), **marker, label=label)
         axes.set_xlabel("client, from the worst to the best of each method")
-        axes.set_ylabel("accuracy in %")
+        everything = [run for runs in groups.values() for run in runs]
+        axes.set_ylabel(TOKENS if all(map(of_text, everything)) else "accuracy in %")
         axes.set_title("accuracy of each client, mean of the last rounds", loc="left")
         axes.locator_params(axis="x", integer=True)
         legend(drawn, axes)
@@ -154,24 +195,28 @@ def clients(groups: dict[str, list[RunView]], stem: Path) -> list[Path]:
 def labels(runs: Sequence[RunView]) -> list[Path]:
     """Draw who holds which class, once for each division of the data, into each run's folder.
 
-    Where the data are no longer at hand the figure is left out.
+    Rows of text have no class: of those it is how many each client has, canaries apart. Where the data are no longer at hand the figure is left out.
     """
     drawn: dict[str, list[Path]] = {}
     made: list[Path] = []
     for run in runs:
-        key = json.dumps([run.data, run.seed])
+        key = json.dumps([run.data, run.seed, run.experiment.table()["canaries"]])
         if key in drawn:
             made += _copied(drawn[key], run.folder / PLOTS)
             continue
         try:
-            federation = make_federation(run.experiment)
+            federation, _, canaries = gather(run.experiment)
         except DataError:
             drawn[key] = []
             continue
         data = run.experiment.data
         title = f"{data.source.name}, {data.manifest or data.partition.name}, seed {run.seed}"
-        names = federation.dataset.class_names
-        drawn[key] = plot_labels(federation, names, run.folder / PLOTS / "labels", title)
+        stem = run.folder / PLOTS / ("rows" if federation.task.sequence else "labels")
+        planted = [0] * federation.clients
+        if canaries is not None:
+            put = [canaries.planted(k, n) for k, n in enumerate(canaries.sizes)]
+            planted = [0 if p is None else len(p.y) for p in put]
+        drawn[key] = plot_holdings(federation, stem, title, planted)
         made += drawn[key]
     return made
 
@@ -181,9 +226,20 @@ def _copied(files: Sequence[Path], folder: Path) -> list[Path]:
     return [Path(shutil.copyfile(file, folder / file.name)) for file in files if file.is_file()]
 
 
-def _series(run: RunView) -> dict[int, float]:
+def _judged(run: RunView, measure: Measure) -> tuple[list[int], np.ndarray]:
+    """Return the judged rounds and a metric of the headline (rounds, clients), scaled."""
     rounds, table = run.judged()
-    means = 100 * np.nanmean(table, axis=1) if rounds else []
+    if measure.metric != "accuracy" and rounds:
+        readout, predict = run.headline
+        table = run.log.table(measure.metric, "test", readout, predict)
+        every = run.log.rounds("accuracy", "own" if readout == "stale" else readout)
+        table = table[[every.index(t) for t in rounds]]
+    return rounds, measure.scale * table
+
+
+def _series(run: RunView, measure: Measure) -> dict[int, float]:
+    rounds, table = _judged(run, measure)
+    means = np.nanmean(table, axis=1) if rounds else []
     return dict(zip(rounds, map(float, means), strict=True))
 
 
@@ -202,13 +258,13 @@ def _over_seeds(series: Sequence[dict[int, float]]) -> tuple[list[int], np.ndarr
     return rounds, np.array([[s[t] for t in rounds] for s in series])
 
 
-def _rounds(axes: Any, rounds: Sequence[int]) -> None:
+def _rounds(axes: Any, rounds: Sequence[int], measure: Measure) -> None:
     axes.set_xlabel("round")
-    axes.set_ylabel(USER)
+    axes.set_ylabel(measure.title)
     if len(rounds) == 1:
         for line in axes.lines:
             line.set_marker("o")
     axes.locator_params(axis="x", integer=True)
     # Intervals may leave what is possible; the axis need not follow them.
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -4), min(high, 104))
+    axes.set_ylim(max(low, measure.low), min(high, measure.high))

@@ -73,6 +73,7 @@ class Column:
 
 COLUMNS = (
     Column("mean_last_k", "user accuracy", interval=True),
+    Column("bits_per_character", "bits per character", 1.0, 3, interval=True),
     Column("difference", "vs local-only", interval=True, signed=True),
     Column("epsilon", "epsilon", bound=True, absent="none"),
     Column("worst_share", "worst 10 %"),
@@ -86,6 +87,7 @@ COLUMNS = (
     Column("weighted", "weighted by examples"),
     Column("jain", "Jain", 1.0, 3),
     Column("global", "global test"),
+    Column("global_bits_per_character", "global bits per character", 1.0, 3),
 )
 READOUT_COLUMNS = (
     Column("mean_last_k", "mean of last k", interval=True),
@@ -96,9 +98,13 @@ READOUT_COLUMNS = (
     Column("worst_share", "worst 10 %"),
     Column("jain", "Jain", 1.0, 3),
     Column("loss", "loss", 1.0, 3),
+    Column("bits_per_character", "bits per character", 1.0, 3),
     Column("global_accuracy", "global test"),
+    Column("global_bits_per_character", "global bits per character", 1.0, 3),
     Column("absent_accuracy", "absent classes"),
 )
+SOMETIMES = ("epsilon", "bits_per_character", "global_bits_per_character")
+"""Columns that are left out where no run has a value: without a mechanism, without text."""
 
 
 def write(shown: Comparison, study_json: bool = True) -> list[Path]:
@@ -189,8 +195,7 @@ def _terminal(shown: Comparison, columns: Sequence[Column]) -> RenderableType:
 
 def markdown(shown: Comparison) -> str:
     """Return the table with all columns, and the notes, as Markdown."""
-    private = any("epsilon" in r.values for r in shown.rows)
-    columns = [c for c in COLUMNS if private or c.key != "epsilon"]
+    columns = _held(COLUMNS, shown.rows)
     rows = [
         [r.label, *(c.show(r.values.get(c.key)) for c in columns)]
         if r.values
@@ -206,6 +211,11 @@ def markdown(shown: Comparison) -> str:
     )
 
 
+def _held(columns: Sequence[Column], rows: Sequence[Row] | Sequence[Readout]) -> list[Column]:
+    held = {key for row in rows for key in row.values}
+    return [c for c in columns if c.key in held or c.key not in SOMETIMES]
+
+
 def _claims_markdown(shown: Comparison) -> str:
     if not shown.claims.sentences:
         return ""
@@ -218,26 +228,26 @@ def _claims_markdown(shown: Comparison) -> str:
 
 def readouts_markdown(shown: Comparison) -> str:
     """Return every read-out and predictor as Markdown."""
+    columns = _held(READOUT_COLUMNS, shown.readouts)
     rows = [
         [
             r.label,
             r.readout,
             f"**{r.predict}**" if r.headline else r.predict,
-            *(c.show(r.values.get(c.key)) for c in READOUT_COLUMNS),
+            *(c.show(r.values.get(c.key)) for c in columns),
         ]
         for r in shown.readouts
     ]
-    table = _markdown(
-        ["", "read-out", "predictor", *(c.title for c in READOUT_COLUMNS)],
-        rows,
-    )
+    table = _markdown(["", "read-out", "predictor", *(c.title for c in columns)], rows)
+    text = any("bits_per_character" in r.values for r in shown.readouts)
+    of_text = " Of text: accuracy of the next token, loss in nats a token." if text else ""
     return (
         f"# {shown.name}: read-outs and predictors\n\n{table}\n\n"
         "- own: right after a client's local epoch. composite: fresh federated blocks with the "
         "client's own personal ones, after aggregation. stale: as own, with the last value of "
         "clients that sat out.\n"
         "- The headline of each method is in bold. Accuracies in %; loss, global test and absent "
-        "classes are of the last round.\n"
+        f"classes are of the last round.{of_text}\n"
     )
 
 

@@ -217,7 +217,7 @@ def test_figures_do_without_data_that_are_gone(study, tmp_path, monkeypatch):
     def gone(config):
         raise DataError("gone")
 
-    monkeypatch.setattr(figures, "make_federation", gone)
+    monkeypatch.setattr(figures, "gather", gone)
     assert figures.labels(views(study)["fedavg"]) == []
 
 
