@@ -58,11 +58,13 @@ def audit(arguments: Sequence[str], out: Path | None, *, quiet: bool, workspace:
 
 def _finish(place: Path, results: list[dict[str, Any]], failed: list[dict[str, Any]]) -> int:
     """Print tables, write them and the figures; return 1 if something failed."""
-    from fedkd.report import audit_figures, audit_tables
+    from fedkd.report import audit_figures, audit_one_shot, audit_tables
 
     console = screen()
     if results:
-        audit_tables.show(results, console)
+        if any(result["subjects"] for result in results):
+            audit_tables.show(results, console)
+        audit_one_shot.show(results, console)
         audit_tables.write(results, place)
         audit_figures.draw(results, place)
     for what in failed:

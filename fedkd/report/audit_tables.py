@@ -362,6 +362,8 @@ def _bound_cells(same: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _notes(made: Sequence[Line]) -> Iterator[str]:
+    if not made:
+        return
     counts = sorted({len(line.runs) for line in made})
     if counts[-1] > 1:
         yield f"Means over {'–'.join(map(str, counts))} seeds with Student's t intervals."
