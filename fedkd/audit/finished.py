@@ -164,11 +164,21 @@ class Finished:
     def released(self) -> np.ndarray | None:
         """Return what the server releases beside weights as one vector (D,), or None.
 
-        Soft labels, consensus, prototypes: all that client 0 would receive next, networks and their
-        factors left out. What is sent by class has its place by class, 0 where one is missing.
+        Soft labels, consensus, prototypes: all that client 0 would receive next, or where no more
+        is sent received last; networks and their factors are left out. What is sent by class has
+        its place by class, 0 where one is missing.
         """
-        setting, after = self.prepared.setting, self.round + 1
-        sent = self.prepared.strategy.broadcast(self.state, setting.clients[0], after, setting)
+        setting = self.prepared.setting
+        for round_ in (self.round + 1, self.round):
+            client = setting.clients[0]
+            sent = self.prepared.strategy.broadcast(self.state, client, round_, setting)
+            parts = self._knowledge(sent)
+            if parts:
+                return np.concatenate(parts)
+        return None
+
+    def _knowledge(self, sent: Arrays) -> list[np.ndarray]:
+        setting = self.prepared.setting
         known = {name for label in setting.book.labels for name in setting.book.initial(label)}
         parts = []
         for key in sorted(sent):
@@ -182,7 +192,7 @@ class Finished:
                 whole[labels] = value
                 value = whole
             parts.append(value.astype(np.float64).ravel())
-        return np.concatenate(parts) if parts else None
+        return parts
 
 
 def of_network(network: BlockNet) -> Predictor:

@@ -42,7 +42,7 @@ def one_shot_table(run: Finished, audit: Audit) -> dict[str, Any] | None:
     last = strategy.broadcast(run.state, client, run.round + 1, setting)
     cosines = np.array(known.cosines(part, {**part.reference, **last}))
     dimension = sum(part.reference[key].size for key in keys(part))
-    found = one_shot(cosines, dimension, audit.delta, audit.confidence)
+    found = one_shot(cosines, dimension, audit.delta or 0.0, audit.confidence)
     privacy = run.extra["privacy"]
     observed, came = np.array(privacy["observed"]), np.array(privacy["came"], dtype=bool)
     rounds = [

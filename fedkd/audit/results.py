@@ -13,7 +13,7 @@ from fedkd.audit.attacks import PREFERRED
 from fedkd.audit.subjects import Subject
 from fedkd.privacy.auditing.bound import Bound, per_copy
 from fedkd.privacy.auditing.bounds import all_bounds
-from fedkd.privacy.auditing.options import Audit
+from fedkd.privacy.auditing.options import USUAL_DELTA, Audit
 from fedkd.privacy.auditing.roc import auc, roc, tpr_at
 from fedkd.privacy.canaries.draw import CanarySet
 from fedkd.privacy.exposure import Exposure, exposure, mean, reduction
@@ -126,13 +126,14 @@ def bound_table(
     values, found = scores[name], []
     known = np.isfinite(values)
     levels = sorted(set(canaries.repetitions.tolist()))
+    delta = USUAL_DELTA if audit.delta is None else audit.delta
     for level in ["all", *levels] if len(levels) > 1 else levels:
         chosen = known & ((canaries.repetitions == level) | (level == "all"))
         into, out = values[chosen & canaries.inside], values[chosen & ~canaries.inside]
         if not len(into) or not len(out):
             continue
         size, about = _group(canaries, chosen, unit, adjacency)
-        for bound in all_bounds(into, out, confidence=audit.confidence, delta=audit.delta):
+        for bound in all_bounds(into, out, confidence=audit.confidence, delta=delta):
             one = per_copy(bound, size) if size > 1 else bound
             one = replace(one, assumes=f"{one.assumes}; {about}")
             found.append({**of_bound(one), "attack": name, "level": str(level), "group": size})

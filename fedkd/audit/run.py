@@ -25,7 +25,7 @@ from fedkd.audit.results import (
 from fedkd.audit.subjects import Subject, subjects
 from fedkd.engine.folder import write_text
 from fedkd.errors import DataError
-from fedkd.privacy.auditing.options import Audit
+from fedkd.privacy.auditing.options import USUAL_DELTA, Audit
 from fedkd.rng import stream
 
 RESULT = "audit.json"
@@ -58,6 +58,8 @@ def audit_run(
     run = Finished.load(folder)
     run.check()
     audit = audit or run.prepared.experiment.audit
+    if audit.delta is None:
+        audit = replace(audit, delta=theory(run)["delta"] or USUAL_DELTA)
     cache = cache or folder / "audit"
     experiment = run.prepared.experiment
     result: dict[str, Any] = {
@@ -162,13 +164,15 @@ def _attacked(scores: Mapping[str, np.ndarray], run: Finished, audit: Audit) -> 
 def covered(run: Finished, subject: Subject, audit: Audit) -> bool:
     """Return whether the run's epsilon speaks of what this subject was made of.
 
-    Personal networks hold a client's own data, which only DP-SGD bounds; a student that was taught
+    Personal networks hold a client's own data, which only DP-SGD bounds, and nothing where they are
+    fine-tuned for judging or answer by what they find among those data; a student that was taught
     on private data has seen them without any noise of its own.
     """
     if not run.prepared.plan.active:
         return False
     if subject.name == "personal":
-        return run.prepared.plan.options.unit == "example"
+        tuned = "finetune_epochs" in run.prepared.experiment.strategy.options
+        return run.prepared.plan.sgd and run.predict == "personal" and not tuned
     name = subject.name.removeprefix("student:")
     if name != subject.name and name in audit.students:
         return audit.students[name].transfer == "public"

@@ -99,35 +99,56 @@ def distilled(
     return network
 
 
+def student_parts(run: Finished, name: str, student: Student) -> None:
+    """Make of a student what can be made before there is a teacher.
+
+    Raises:
+        ConfigError: there is no such network, objective or pool, or the scorer fits no such data.
+    """
+    _book(run, student)
+    objectives.get(student.objective)
+    _public(run, name, student)
+    if student.swing.map not in ("off", "constant"):
+        _plan(run, student).of_pool()
+
+
 def lesson(run: Finished, name: str, student: Student, teacher: BlockNet) -> Lesson:
     """Return the transfer data with the soft targets of ``teacher``.
 
     Raises:
         ConfigError: there is no public pool, or the scorer cannot score the data.
     """
-    pool = run.prepared.setting.public
-    if student.transfer == "public":
-        if pool is None:
-            raise ConfigError(
-                f"audit.students.{name}.transfer = 'public' needs a public pool, and the run has "
-                "none; set data.public.size in the experiment, or transfer = 'private'"
-            )
-        data = pool
-    else:
-        data = run.prepared.federation.pooled().train
+    pool = _public(run, name, student)
+    data = run.prepared.federation.pooled().train if pool is None else pool
     data = Split(data.x.to(run.prepared.device), data.y.to(run.prepared.device))
     logits = _logits(teacher, data.x)
     if student.swing.map == "off":
         probs = torch.softmax(logits / student.temperature, dim=-1)
         return Lesson(data, probs, student.temperature, None, True)
     release = run.prepared.experiment.privacy.release
-    plan = SwingPlan(student.swing, release, pool, run.prepared.setting.task, _rng(run, "scorer"))
+    plan = _plan(run, student)
     items = plan.of_pool() if student.transfer == "public" else plan.of_data(data)
     at = items.temperatures.to(logits.device)
     probs = noised(
         logits, at, release.logit_clip, items.noise.to(logits.device), _rng(run, "noise")
     )
     return Lesson(data, probs, at, items.weights, student.swing.rescale)
+
+
+def _public(run: Finished, name: str, student: Student) -> Split | None:
+    """Return the pool that a student is taught on; none for one that is taught on private data."""
+    pool = run.prepared.setting.public
+    if student.transfer == "public" and pool is None:
+        raise ConfigError(
+            f"audit.students.{name}.transfer = 'public' needs a public pool, and the run has "
+            "none; set data.public.size in the experiment, or transfer = 'private'"
+        )
+    return pool if student.transfer == "public" else None
+
+
+def _plan(run: Finished, student: Student) -> SwingPlan:
+    setting, release = run.prepared.setting, run.prepared.experiment.privacy.release
+    return SwingPlan(student.swing, release, setting.public, setting.task, _rng(run, "scorer"))
 
 
 def _logits(teacher: BlockNet, x: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedkd.audit.possible import check
 from fedkd.audit.references import AuditWatcher, reference_seeds
 from fedkd.audit.run import audit_run
 from fedkd.config import Cell, Experiment
 from fedkd.engine.folder import RunFolder, write_text
 from fedkd.engine.setup import resolve
 from fedkd.engine.simulation import run
-from fedkd.engine.study import CellResult, check
+from fedkd.engine.study import CellResult
 from fedkd.errors import ConfigError, FedkdError
 
 RESULTS = "audits.json"

@@ -91,10 +91,10 @@ class Guard:
         uploads, failures = self._bounded(uploads, payload)
         expected = self.plan.expected()
         rng = stream(self.prepared.experiment.seed, "privacy", self.digest, round_)
-        sent = [u.arrays for u in uploads]
+        sent, canaries = [u.arrays for u in uploads], list[Arrays]()
         if self.canaries is not None:
-            sent += self.canaries.uploads(round_, _weights(payload), self.norm)
-        released = self.level.release(sent, payload, expected, self.norm, rng)
+            canaries = self.canaries.uploads(round_, _weights(payload), self.norm)
+        released = self.level.release(sent, payload, expected, self.norm, rng, canaries)
         if self.canaries is not None:
             self.canaries.observe(_weights(payload), released.arrays)
         self.norm = self.level.next_norm(

@@ -125,13 +125,20 @@ class ClientLevel:
         return self._effective([min(self._noise, joint(*parts))])
 
     def release(
-        self, uploads: Sequence[Arrays], payload: Payload, expected: float, norm: float, rng: Rng
+        self,
+        uploads: Sequence[Arrays],
+        payload: Payload,
+        expected: float,
+        norm: float,
+        rng: Rng,
+        canaries: Sequence[Arrays] = (),
     ) -> Released:
         """Return the noisy average of ``uploads`` over ``expected`` clients, part by part.
 
         Sums run in the given order. No uploads at all release noise just the same; an upload
         without arrays is as no upload, and a payload without parts releases nothing and costs
-        nothing. ``rng`` is the round's own; its noise is used once.
+        nothing. ``rng`` is the round's own; its noise is used once. ``canaries`` are summed as
+        uploads are, but adaptive clipping does not follow them: they are as long as its norm.
 
         Raises:
             ConfigError: as :meth:`multipliers`. RunError: an upload is not finite.
@@ -143,7 +150,7 @@ class ClientLevel:
         ):
             coder = self._coder(part, norm)
             total = np.zeros_like(coder.encode({}))
-            for upload in uploads:
+            for upload in (*uploads, *canaries):
                 total += coder.encode(upload)
             if counts and isinstance(coder, WeightsCoder):
                 unclipped = sum(coder.vote(upload) for upload in uploads)

@@ -37,9 +37,11 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     made, own = lines(results), folder / PLOTS
     with writing(folder):
         files = exposure(made, own / "exposure") + tail(made, own / "exposure-once")
-        for line in made:
+        for number, line in enumerate(made):
             name = re.sub(r"[^a-z0-9]+", "-", f"{line.label} {line.subject}".lower()).strip("-")
-            files += roc(line, own / f"roc-{name}")
+            # Two labels may differ in nothing that a file name can hold.
+            taken = any(file.stem == f"roc-{name}" for file in files)
+            files += roc(line, own / (f"roc-{name}-{number}" if taken else f"roc-{name}"))
         files += trade_off(made, own / "trade-off")
     return files
 
@@ -205,16 +207,16 @@ def trade_off(made: Sequence[Line], stem: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Claim:
-    """An epsilon that covers a line, and how many of its units a canary is."""
+    """An epsilon that covers a line, and how many of its units a canary of each level is."""
 
     epsilon: float
     delta: float
-    holders: int
     example: bool
+    group: tuple[tuple[int, int], ...]
 
     def units(self, level: int) -> int:
         """Return the units that a canary of so many copies is, with all its holders."""
-        return self.holders * (level if self.example else 1)
+        return dict(self.group)[level]
 
     def __str__(self) -> str:
         unit = "example" if self.example else "client"
@@ -228,9 +230,13 @@ def _claims(shown: Iterable[Line]) -> list[_Claim]:
         epsilon = line.epsilon()
         if epsilon is not None and math.isfinite(epsilon):
             run = max(line.runs, key=lambda r: float(r["theory"]["epsilon"]))
-            theory, holders = run["theory"], int(run["canaries"].get("clients", 1))
+            theory, planted = run["theory"], run["canaries"]
             example = theory["unit"] == "example"
-            found.append(_Claim(epsilon, float(theory["delta"] or 0.0), holders, example))
+            group = tuple(
+                (int(r), int(n) if example else int(planted["clients"]))
+                for r, n in planted["copies"].items()
+            )
+            found.append(_Claim(epsilon, float(theory["delta"] or 0.0), example, group))
     return list(dict.fromkeys(found))
 
 

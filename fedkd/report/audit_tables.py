@@ -37,9 +37,10 @@ UNRESOLVED = "*: share found without a false alarm, as too few were left out to 
 BOUND = (
     "epsilon ≥: what the one-run audit certified, of the most that it could have certified with as "
     "many canaries. It was chosen before the scores were seen (unit client: all canaries; example: "
-    "those with the fewest copies), rests on the coins alone and holds with the confidence of the "
-    "bounds table; of several seeds it is the (lower) median. A low bound says that this attack "
-    "with so many canaries showed no more, and never that no more leaks."
+    "those with the fewest copies; no unit: the epsilon of a whole canary with all its copies), "
+    "rests on the coins alone and holds with confidence and delta of the bounds table; of several "
+    "seeds it is the (lower) median. A low bound says that this attack showed no more, and never "
+    "that no more leaks."
 )
 
 
@@ -388,10 +389,10 @@ def _notes(made: Sequence[Line]) -> Iterator[str]:
 def _above(line: Line) -> str:
     """Return what to say where more was certified than is claimed: one of both is wrong."""
     claimed = line.epsilon()
-    for run, b in zip(line.runs, certified(line), strict=False):
+    allowed = max((run["theory"]["delta"] or 0.0) for run in line.runs)
+    for b in certified(line):
         # A bound at a smaller delta says nothing against a claim that allows more.
-        counts = b["delta"] >= (run["theory"]["delta"] or 0.0)
-        if counts and claimed is not None and float(b["epsilon"]) > claimed:
+        if b["delta"] >= allowed and claimed is not None and float(b["epsilon"]) > claimed:
             return (
                 f"{line.name}: the audit of a seed certified more than the claimed epsilon. A "
                 "bound fails with one minus its confidence; beyond that, the claim is wrong."

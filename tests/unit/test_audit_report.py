@@ -87,6 +87,7 @@ def result(label="fedavg", seed=0, strength=2.0, epsilon="inf", unit="client"):
         "canaries": {
             "kind": "text", "levels": [1, 8], "count": 120, "inside": int(inside.sum()),
             "outside": int((~inside).sum()), "references": 1000, "space_bits": 19.9,
+            "clients": 1, "copies": {"1": 1, "8": 8},
         },
         "theory": {
             "epsilon": epsilon, "delta": None if epsilon == "inf" else 1e-5, "unit": unit,

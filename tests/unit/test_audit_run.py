@@ -19,7 +19,7 @@ from fedkd.engine.folder import RunFolder
 from fedkd.engine.setup import prepare
 from fedkd.engine.simulation import Run, run
 from fedkd.errors import ConfigError, DataError, RunError
-from fedkd.privacy.auditing.options import Audit
+from fedkd.privacy.auditing.options import Audit, Student
 from fedkd.rng import Rng
 
 IMAGES = {
@@ -93,7 +93,7 @@ def test_the_result_says_everything(folder, made):
     assert found["run"]["strategy"] == found["run"]["label"] == "fedavg"
     assert found["run"]["digest"] == RunFolder(folder).experiment().digest()
     assert found["theory"]["epsilon"] == "inf"
-    assert found["canaries"] == {
+    expected = {
         "kind": "random-image",
         "levels": [1, 4],
         "count": 40,
@@ -103,6 +103,7 @@ def test_the_result_says_everything(folder, made):
         "reference_models": 2,
         "space_bits": "inf",
     }
+    assert found["canaries"] | expected == found["canaries"]
     assert set(found["subjects"]) == {"teacher", "personal"}
     for subject in found["subjects"].values():
         levels = subject["exposure"]["levels"]
@@ -127,9 +128,8 @@ def test_the_result_says_everything(folder, made):
 def test_a_shared_network_is_everybodys_personal_one(folder):
     """FedAvg's clients are judged by the global network, so both subjects remember the same."""
     found = strictly(folder / "audit.json")["subjects"]
-    for name in ("loss",):
-        one, two = (found[s]["attacks"][name]["auc"] for s in ("teacher", "personal"))
-        assert one["value"] == pytest.approx(two["value"])
+    one, two = (found[s]["attacks"]["loss"]["auc"] for s in ("teacher", "personal"))
+    assert one["value"] == pytest.approx(two["value"])
     loaded = Finished.load(folder)
     teacher, personal = subjects(loaded, Audit(on=("teacher", "personal")), folder)
     assert np.allclose(teacher.scores.bits, personal.scores.bits, rtol=1e-5)
@@ -225,23 +225,30 @@ def test_levels_in_another_order_are_the_same_audit(tiny, tmp_path):
     assert results[0] == results[1]
 
 
-def test_bounds_are_divided_by_what_a_coin_changes(folder):
-    loaded = Finished.load(folder)
-    subject = subjects(loaded, Audit(on=("teacher",)), folder)[0]
-    scores = {"loss": np.where(loaded.canaries.inside, 1.0, 0.0)}
-    tables = {
-        unit: {
-            (b["level"], b["method"]): b
-            for b in bound_table(scores, loaded.canaries, Audit(), unit)
-        }
-        for unit in ("none", "example", "client")
-    }
-    assert subject.scores.bits.shape == (40,)
-    for key, whole in tables["none"].items():
-        size = {"1": 1, "4": 4, "all": 4}[key[0]]
-        assert tables["example"][key]["group"] == size
-        assert tables["example"][key]["epsilon"] == pytest.approx(whole["epsilon"] / size)
-        assert tables["client"][key]["epsilon"] == whole["epsilon"]
+@pytest.mark.parametrize(
+    ("unit", "adjacency", "sizes"),
+    [
+        ("example", "add-remove", (1, 4, 4)),
+        ("client", "add-remove", (2, 2, 2)),
+        ("client", "replace-one", (1, 1, 1)),
+    ],
+)
+def test_bounds_are_divided_by_what_a_coin_changes(folder, unit, adjacency, sizes):
+    canaries = Finished.load(folder).canaries
+    scores = {"loss": np.where(canaries.inside, 1.0, 0.0)}
+
+    def table(*about):
+        rows = bound_table(scores, canaries, Audit(), *about)
+        return {(row["level"], row["method"]): row for row in rows}
+
+    whole = table("none")
+    found = table(unit, adjacency)
+    assert max(row["epsilon"] for row in whole.values()) > 2
+    for (level, method), row in found.items():
+        size = dict(zip(("1", "4", "all"), sizes, strict=True))[level]
+        assert row["group"] == size
+        assert row["epsilon"] == pytest.approx(whole[level, method]["epsilon"] / size)
+        assert row["ceiling"] == pytest.approx(whole[level, method]["ceiling"] / size)
 
 
 def test_exact_exposure_ranks_among_all_secrets(text):
@@ -275,8 +282,6 @@ def test_text_has_bits_per_character(text):
 
 
 def test_students_are_compared_with_the_teacher(folder, tmp_path):
-    from fedkd.privacy.auditing.options import Student
-
     students = {"plain": Student(epochs=1), "hot": Student(epochs=1, temperature=4.0)}
     audit = Audit(on=("student",), students=students, estimator="interpolation")
     found = audit_run(folder, audit, cache=tmp_path)

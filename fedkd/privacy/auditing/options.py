@@ -39,11 +39,16 @@ class Student:
     lr: Annotated[Positive, Field(description="learning rate")] = 0.003
 
 
+USUAL_DELTA = 1e-5
+"""Delta of the bounds on a run that claims nothing."""
+
+
 @options
 class Audit:
     """How a finished run is attacked with the canaries that were planted in it.
 
-    Every bound holds with probability ``confidence``, for the ``delta`` given.
+    Every bound holds with probability ``confidence``, for the ``delta`` given: that of the
+    run's claim where none is, since epsilons of different deltas cannot be compared.
     """
 
     on: Annotated[
@@ -58,7 +63,10 @@ class Audit:
         Field(description="of exposure; auto: extrapolation, where its fit holds"),
     ] = "auto"
     confidence: Annotated[float, Field(gt=0.5, lt=1, description="of bounds and intervals")] = 0.95
-    delta: Annotated[float, Field(ge=0, lt=1, description="of the bounds on epsilon")] = 1e-5
+    delta: Annotated[
+        float | None,
+        Field(ge=0, lt=1, description="of bounds on epsilon; none: that of the claim, or 1e-5"),
+    ] = None
     batch_size: Annotated[Count, Field(description="examples scored at once")] = 512
     students: Annotated[
         dict[str, Student], Field(description="name -> a student to distil and attack as well")
