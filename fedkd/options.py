@@ -107,7 +107,9 @@ def explain(error: pydantic.ValidationError, where: str = "", cls: type | None =
         path = ".".join(p for p in (where, path) if p)
         shown = problem["input"]
         text = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{path} = {shown!r}: {text}" if problem["loc"] else f"{path}: {text}")
+        # A whole table beside the message would hide which of its keys is wrong.
+        whole = not problem["loc"] or isinstance(shown, Mapping)
+        lines.append(f"{path}: {text}" if whole else f"{path} = {shown!r}: {text}")
     return "\n".join(lines)
 
 

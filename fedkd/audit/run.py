@@ -26,6 +26,7 @@ from fedkd.audit.subjects import Subject, subjects
 from fedkd.engine.folder import write_text
 from fedkd.errors import DataError
 from fedkd.privacy.auditing.options import USUAL_DELTA, Audit
+from fedkd.privacy.canaries.draw import CanarySet
 from fedkd.rng import stream
 
 RESULT = "audit.json"
@@ -131,25 +132,27 @@ def _memory(
         # reduction.
         same = replace(audit, estimator="interpolation")
         bits = {subject.name: exposures(subject, canaries, same)[0] for subject in mine}
-    levels = sorted(set(canaries.repetitions.tolist()))
     return {
-        "canaries": {
-            "kind": canaries.options.kind,
-            "levels": levels,
-            "count": len(canaries.x),
-            "inside": int(canaries.inside.sum()),
-            "outside": int((~canaries.inside).sum()),
-            "references": len(canaries.reference_x),
-            "clients": canaries.options.clients,
-            "copies": {
-                str(r): int(canaries.copies[canaries.repetitions == r].max()) for r in levels
-            },
-            "reference_models": len(others),
-            "space_bits": number(float(np.log2(canaries.space))),
-        },
+        "canaries": {**_planted(canaries), "reference_models": len(others)},
         "subjects": table,
         "reductions": reductions(bits, canaries.inside, rng, audit.confidence),
         "reductions_by": "interpolation" if len(methods) > 1 else "/".join(methods),
+    }
+
+
+def _planted(canaries: CanarySet) -> dict[str, Any]:
+    levels = sorted(set(canaries.repetitions.tolist()))
+    copies = canaries.copies
+    return {
+        "kind": canaries.options.kind,
+        "levels": levels,
+        "count": len(canaries.x),
+        "inside": int(canaries.inside.sum()),
+        "outside": int((~canaries.inside).sum()),
+        "references": len(canaries.reference_x),
+        "clients": canaries.options.clients,
+        "copies": {str(r): int(copies[canaries.repetitions == r].max()) for r in levels},
+        "space_bits": number(float(np.log2(canaries.space))),
     }
 
 

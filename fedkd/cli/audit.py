@@ -85,13 +85,14 @@ def _folders(
     results, failed = [], []
     for run, made in runs.items():
         label = made.strategy.name if run == folder else str(run.relative_to(folder).parts[0])
+        asked = _overridden(made, overrides)
         tracker.doing(f"audit of {run}")
         try:
-            asked = _overridden(made, overrides)
             results.append(audit_run(run, asked, label=label, known=known, watcher=tracker))
-        except ConfigError:
-            raise
         except FedkdError as error:
+            # What is asked is wrong for all runs; what one run has is its own matter.
+            if run == folder:
+                raise
             failed.append({"label": label, "seed": made.seed, "error": str(error)})
     return out or folder, results, failed
 

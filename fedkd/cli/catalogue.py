@@ -18,14 +18,21 @@ from fedkd.config import Component, Experiment, override, parse
 from fedkd.errors import ConfigError, nearest, unknown
 from fedkd.options import OptionDoc, build, describe
 from fedkd.presets import card, places, preset, preset_names
+from fedkd.privacy.auditing.options import Audit, Student
+from fedkd.privacy.canaries.options import Canaries
 from fedkd.privacy.options import Privacy
 from fedkd.registry import Registry
+from fedkd.types import Task
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PRESETS = {"clients": "clients", "privacy": "privacy", "strategy presets": "strategy"}
-CONFIG = ("experiment", "config", "privacy")
+TABLES: dict[str, type] = {"privacy": Privacy, "canaries": Canaries, "audit": Audit}
+"""Tables of an experiment file that have a page of their own."""
+CONFIG = ("experiment", "config", *TABLES)
+DICTS = {"audit.students": ("NAME", Student), "compare": ("LABEL", None)}
+"""Tables whose keys the user names, with the class of what stands below each."""
 LIST_WIDTH = 200
 
 
@@ -43,6 +50,7 @@ class Preview:
 def registries(workspace: Path) -> dict[str, Registry[Any]]:
     """Return every registry by the kind that ``fedkd list`` calls it."""
     from fedkd.data.registries import partitions, sources
+    from fedkd.data.tokenizers import tokenizers
     from fedkd.distill.fusion_rules import fusions
     from fedkd.distill.objectives.base import objectives
     from fedkd.engine.registries import executors
@@ -55,6 +63,7 @@ def registries(workspace: Path) -> dict[str, Registry[Any]]:
     return {
         "strategies": strategies,
         "sources": sources,
+        "tokenizers": tokenizers,
         "partitions": partitions,
         "models": models,
         "objectives": objectives,
@@ -121,14 +130,25 @@ def show_name(name: str, preview: Preview, workspace: Path) -> None:
 
 
 def _show_keys(console: Console, name: str, workspace: Path) -> None:
-    """Print every key of an experiment file, or of its table ``privacy`` with its presets."""
-    private = name == "privacy"
-    what = "the table privacy of an experiment file" if private else "an experiment file"
+    """Print every key of an experiment file, or of one of its tables, with what it is for."""
+    table = TABLES.get(name)
+    what = f"the table {name} of an experiment file" if table else "an experiment file"
+    if table is not None:
+        console.print(_plain(inspect.cleandoc(table.__doc__ or "")) + "\n")
     console.print(f"Every key of {what}; on the command line key.sub=value.\n")
-    console.print(
-        _options_table(list(_keys(Privacy, "privacy.") if private else _keys(Experiment)))
-    )
-    if private:
+    console.print(_options_table(list(_keys(table, f"{name}.") if table else _keys(Experiment))))
+    if name in ("canaries", "audit"):
+        console.print(
+            "Try it: fedkd doctor FILE.toml canaries.kind=text; do it: fedkd audit FILE.toml",
+            style="dim",
+        )
+    if table is None:
+        for title, cls in TABLES.items():
+            console.print(f"{title}: {_plain(inspect.cleandoc(cls.__doc__ or '').splitlines()[0])}")
+        console.print(
+            "\nMore about one of these tables: fedkd show " + " | ".join(TABLES), style="dim"
+        )
+    if name == "privacy":
         names = preset_names("privacy", workspace)
         console.print("Presets", style="bold")
         console.print(grid([(n, _comment("privacy", n, workspace)) for n in names]))
@@ -156,18 +176,46 @@ def _show_component(console: Console, kind: str, name: str, cls: type, workspace
     if docs:
         console.print("\nOptions", style="bold")
         console.print(_options_table(docs))
+    hint = _use(kind, name, cls, docs)
+    if hint:
+        console.print(f"\nUse it: {hint}", style="dim", soft_wrap=True)
+
+
+def _use(kind: str, name: str, cls: type, docs: Sequence[OptionDoc]) -> str:
+    """Return the command that uses a component, empty where it is named in several places."""
+    from fedkd.data.text_sources import TextSource
+
     key = {
         "strategies": "strategy",
         "sources": "data.source",
+        "tokenizers": "data.source.tokenizer",
         "partitions": "data.partition",
         "models": "model",
         "executors": "engine.executor",
         "scorers": "privacy.swing.scorer",
     }.get(kind)
-    if key:
-        table = "privacy.swing.scorer_options" if kind == "scorers" else key
-        shown = f" {table}.{docs[0].name}=..." if docs and kind != "executors" else ""
-        console.print(f"\nUse it: fedkd run FILE.toml {key}={name}{shown}", style="dim")
+    if key is None:
+        return ""
+    table = f"{key}_options" if kind in ("scorers", "tokenizers") else key
+    shown = f" {table}.{docs[0].name}=..." if docs and kind != "executors" else ""
+    if issubclass(cls, TextSource):
+        own = next((f" {key}.path=..." for doc in docs if doc.name == "path"), "")
+        shown = f"{own} data.partition=natural data.partition.group=true model=gpt-tiny"
+    if kind == "tokenizers":
+        key = f"data.source=pydoc-topics model=gpt-tiny {key}"
+    if kind == "models" and _reads_text(cls):
+        key = f"data.source=pydoc-topics {key}"
+    return f"fedkd run FILE.toml {key}={name}{shown}"
+
+
+def _reads_text(model: type[Any]) -> bool:
+    """Return whether a model takes rows of tokens; the others refuse them."""
+    task = Task(name="text", input_shape=(2,), classes=3, sequence=True)
+    try:
+        build(model, {}).build(task)
+    except ConfigError:
+        return False
+    return True
 
 
 def _show_preset(console: Console, kind: str, name: str, workspace: Path) -> None:
@@ -192,7 +240,7 @@ def _preview(console: Console, name: str, preview: Preview) -> None:
     """Divide the data as asked; say what comes out, draw it if a file was named."""
     from fedkd.data.federated import Federation
     from fedkd.data.partition import divide
-    from fedkd.data.preview import plot_labels
+    from fedkd.data.preview import plot_holdings
     from fedkd.data.registries import partitions, sources
     from fedkd.rng import stream
 
@@ -202,7 +250,11 @@ def _preview(console: Console, name: str, preview: Preview) -> None:
         if not sign:
             raise ConfigError(f"{text!r} is no option; write option=value, as in alpha=0.5")
         override(options, key.strip(), parse(value.strip()))
-    dataset = build(sources.get(preview.source), {}, "data.source").load()
+    # Where the data are, and how much of them, is said as in an experiment file.
+    given = options.pop("source", preview.source)
+    source = given if isinstance(given, str) else str(given.pop("name", preview.source))
+    known = given if isinstance(given, dict) else {}
+    dataset = build(sources.get(source), known, "data.source").load()
     scheme = build(partitions.get(name), options, "data.partition")
     # The same streams as in a run, so that the preview shows what a run will have.
     rng = stream(preview.seed, "data")
@@ -210,15 +262,25 @@ def _preview(console: Console, name: str, preview: Preview) -> None:
     federation = Federation.build(dataset, parts, rng=rng)
     counts = federation.counts()
     sizes, held = counts.sum(1), (counts > 0).sum(1)
+    of_text = federation.task.sequence
+    rows = "training examples"
+    if of_text:
+        rows = f"training rows of {federation.task.input_shape[0]} tokens"
+    classes = f", {held.min()} to {held.max()} classes a client (median {int(_median(held))})"
     console.print(
-        f"\n{preview.source} over {preview.clients} clients, seed {preview.seed}: "
-        f"{sizes.min()} to {sizes.max()} training examples (median {int(_median(sizes))}), "
-        f"{held.min()} to {held.max()} classes a client (median {int(_median(held))})"
+        f"\n{source} over {preview.clients} clients, seed {preview.seed}: "
+        f"{sizes.min()} to {sizes.max()} {rows} (median {int(_median(sizes))})"
+        + ("" if of_text else classes)
     )
+    if of_text and name != "natural":
+        console.print(
+            "Rows of text have no class, so label skew divides them by number alone; whose words "
+            "are whose is what the partition natural keeps."
+        )
     if preview.plot is not None:
-        title = " ".join([preview.source, name, *preview.options])
-        stem = preview.plot.with_suffix("")
-        files = plot_labels(federation, dataset.class_names, stem, title)
+        own = [text for text in preview.options if not text.startswith("source")]
+        title = " ".join([source, name, *own])
+        files = plot_holdings(federation, preview.plot.with_suffix(""), title)
         console.print(f"Drawn: {' and '.join(map(str, files))}", soft_wrap=True)
 
 
@@ -240,6 +302,11 @@ def _keys(cls: Any, prefix: str = "") -> Iterable[OptionDoc]:
             yield OptionDoc(f"{name}.OPTION", "", "its own", "", "fedkd show NAME lists them")
         elif dataclasses.is_dataclass(inner):
             yield from _keys(typing.cast(type, inner), f"{name}.")
+        elif name in DICTS:
+            label, below = DICTS[name]
+            yield OptionDoc(f"{name}.{label}", "table", "none", "", doc.description)
+            if below is not None:
+                yield from _keys(below, f"{name}.{label}.")
         elif fields[doc.name].default_factory is not dataclasses.MISSING:
             yield dataclasses.replace(doc, name=name, default="none")
         else:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fedkd.cli.audit_check import findings as audit_findings
+from fedkd.cli.audit_check import warnings as audit_warnings
 from fedkd.cli.places import RUNS, read
 from fedkd.cli.privacy_check import findings
 from fedkd.cli.screen import grid, screen
@@ -43,12 +45,12 @@ def doctor(arguments: Sequence[str], workspace: Path) -> int:
     wrong = [] if writable(workspace / RUNS) else [f"cannot write to {workspace / RUNS}"]
     if arguments:
         console.print("\nexperiment", style="bold")
-        checked, private = problems(arguments, workspace)
+        checked, planned = problems(arguments, workspace)
         wrong += checked
         if not checked:
             console.print("  everything works together")
-        for lines, labels in private.items():
-            console.print(f"\nprivacy of {', '.join(labels)}", style="bold")
+        for (topic, lines), labels in planned.items():
+            console.print(f"\n{topic} of {', '.join(labels)}", style="bold")
             console.print(grid(lines))
     for problem in wrong:
         console.print(f"  problem: {problem}", style="red", soft_wrap=True)
@@ -80,15 +82,16 @@ def found(name: str) -> str:
     return missing or "at hand"
 
 
-Findings = tuple[tuple[str, str], ...]
+Findings = tuple[str, tuple[tuple[str, str], ...]]
+"""A topic, and what is found of it in lines of a title and a text."""
 
 
 def problems(
     arguments: Sequence[str], workspace: Path
 ) -> tuple[list[str], dict[Findings, list[str]]]:
-    """Return what in an experiment cannot work, and what is planned about privacy in what can.
+    """Return what in an experiment cannot work, and what is planned in what can: privacy, canaries.
 
-    Each problem once, with the runs it is in; each privacy plan with the runs that have it.
+    Each problem once, with the runs it is in; each plan with the runs that have it.
     """
     try:
         experiment, found = _read(arguments, workspace)
@@ -96,17 +99,17 @@ def problems(
     except FedkdError as error:
         return [str(error)], {}
     reasons: dict[str, list[str]] = {}
-    private: dict[Findings, list[str]] = {}
+    plans: dict[Findings, list[str]] = {}
     for label, config in cells.items():
-        why, planned = _of(config)
+        why, planned = _of(config, experiment.seeds)
         for reason in why:
             reasons.setdefault(reason, []).append(label)
-        if planned:
-            private.setdefault(planned, []).append(label)
+        for finding in planned:
+            plans.setdefault(finding, []).append(label)
     for reason, labels in reasons.items():
         everywhere = len(labels) == len(cells)
         found.append(reason if everywhere else f"in {', '.join(map(repr, labels))}: {reason}")
-    return found, private
+    return found, plans
 
 
 def _read(arguments: Sequence[str], workspace: Path) -> tuple[Experiment, list[str]]:
@@ -120,8 +123,8 @@ def _read(arguments: Sequence[str], workspace: Path) -> tuple[Experiment, list[s
             raise error from None
 
 
-def _of(config: Experiment) -> tuple[list[str], Findings]:
-    """Return the problems of one run, of its parts or else of the whole, and its privacy plan."""
+def _of(config: Experiment, seeds: Sequence[int]) -> tuple[list[str], list[Findings]]:
+    """Return the problems of one run, of its parts or else of the whole, and its plans."""
     data, engine = config.data, config.engine
 
     def at_hand(component: Component | None, where: str) -> None:
@@ -145,9 +148,16 @@ def _of(config: Experiment) -> tuple[list[str], Findings]:
         lambda: pick_device(engine.device),
         lambda: make_executor(engine.executor, engine.workers or None),
     ]
-    planned: list[tuple[str, str]] = []
-    why = _failing(parts) or _failing([lambda: planned.extend(findings(prepare(config)))])
-    return why, tuple(planned)
+    plans: list[Findings] = []
+
+    def plan() -> None:
+        prepared = prepare(config)
+        plans.append(("privacy", tuple(findings(prepared))))
+        plans.append(("canaries and audit", tuple(audit_findings(prepared, seeds))))
+        plans.append(("weak points of the audit", tuple(audit_warnings(prepared))))
+
+    why = _failing(parts) or _failing([plan])
+    return why, [(topic, lines) for topic, lines in plans if lines]
 
 
 def _failing(parts: Sequence[Callable[[], Any]]) -> list[str]:

@@ -28,8 +28,9 @@ class Standing:
     """Where a comparison is: run k of n, round t of R, and what it has come to so far.
 
     ``accuracy`` is the headline user accuracy of the last judged round, ``bits`` of text the bits
-    per character (NaN of anything else), ``bytes`` what was sent both ways in this run's training, ``failures`` the client failures of the whole comparison,
-    ``left`` the seconds that are left, NaN where that is not known yet.
+    per character (NaN of anything else), ``bytes`` what was sent both ways in this run's training,
+    ``failures`` the client failures of the whole comparison, ``left`` the seconds that are left,
+    NaN where that is not known yet.
     """
 
     runs: int = 0

@@ -52,15 +52,16 @@ def plot_rows(
     figure = Figure(figsize=(min(max(5.0, 2.0 + 0.3 * clients), 13.0), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _draw_sizes(axes, rows, rows - put)
+    _draw_sizes(axes, rows, rows - put).set_in_layout(True)
     if put.any():
         axes.bar(np.arange(clients), put, bottom=rows - put, color="#e69f00", label="canaries")
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     if clients <= WRITTEN_BARS:
         for k, n in enumerate(rows):
             axes.annotate(
-                f"{n}", (k, n), (0, 2), textcoords="offset points", ha="center", fontsize=7
-            )
+                f"{n}", (k, n), (0, 3), textcoords="offset points", ha="center", fontsize=7,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2},
+            )  # fmt: skip
     axes.set_ylabel(unit)
     axes.set_xlabel("client")
     axes.tick_params(axis="x", labelbottom=True, bottom=True)
@@ -120,8 +121,8 @@ def _written(figure: Any, path_stem: Path, title: str) -> list[Path]:
     return files
 
 
-def _draw_sizes(axes: Any, totals: np.ndarray, own: np.ndarray | None = None) -> None:
-    """Draw a bar a client, and the mean; of ``own`` examples only, where others go on top."""
+def _draw_sizes(axes: Any, totals: np.ndarray, own: np.ndarray | None = None) -> Any:
+    """Draw a bar a client, of ``own`` examples where others go on top; return the mean's note."""
     bars = totals if own is None else own
     axes.bar(np.arange(len(totals)), bars, width=0.8, color="#5b6770", label="own")
     axes.set_ylabel("size")
@@ -142,6 +143,7 @@ def _draw_sizes(axes: Any, totals: np.ndarray, own: np.ndarray | None = None) ->
     axes.locator_params(axis="y", nbins=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    return note
 
 
 def _draw_cells(axes: Any, counts: np.ndarray, names: Sequence[str]) -> Any:

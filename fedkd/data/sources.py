@@ -78,9 +78,9 @@ class Npz(Source):
             scale = np.float32(1 / std) if std > 0 else np.float32(1)
             train_x, test_x = ((x - np.float32(mean)) * scale for x in (train_x, test_x))
         classes = int(max(train_y.max(initial=0), test_y.max(initial=0))) + 1
-        ids = [arrays.get("train_ids"), arrays.get("test_ids")]
+        train_ids, test_ids = arrays.get("train_ids"), arrays.get("test_ids")
         name = Path(self.path).stem
-        return Dataset(name, train_x, train_y, test_x, test_y, classes, (), *ids)
+        return Dataset(name, train_x, train_y, test_x, test_y, classes, (), train_ids, test_ids)
 
     def missing(self) -> str:
         """Say what is missing, if anything."""

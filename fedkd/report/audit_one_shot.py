@@ -18,7 +18,7 @@ NOTE = (
 
 def rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return label, seed, claimed, estimated and certified epsilon, mean cosine, of each run."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for result in results:
         shot = result.get("one_shot")
         if not shot:

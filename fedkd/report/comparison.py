@@ -256,6 +256,12 @@ def _notes(study: StudyResult, runs: dict[str, list[RunView]]) -> list[str]:
             "Bits per character: -log2 p of the text over its characters, mean over clients and "
             "rounds as accuracy; lower is better, and tokenizers can be compared by it."
         )
+    if any(r.experiment.canaries.kind != "none" for r in finished):
+        notes.append(
+            "Canaries were planted in the training data (canaries.json of each run), so these are "
+            f"not the accuracies without them. What is remembered of them: fedkd audit "
+            f"{study.folder}"
+        )
     strategies = {r.summary["strategy"] for r in finished}
     several = max(len(found) for found in runs.values()) > 1
     if REFERENCE in strategies and len(runs) > 1:

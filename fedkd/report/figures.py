@@ -195,7 +195,8 @@ def clients(groups: dict[str, list[RunView]], stem: Path) -> list[Path]:
 def labels(runs: Sequence[RunView]) -> list[Path]:
     """Draw who holds which class, once for each division of the data, into each run's folder.
 
-    Rows of text have no class: of those it is how many each client has, canaries apart. Where the data are no longer at hand the figure is left out.
+    Rows of text have no class: of those it is how many each client has, canaries apart.
+    Where the data are no longer at hand the figure is left out.
     """
     drawn: dict[str, list[Path]] = {}
     made: list[Path] = []

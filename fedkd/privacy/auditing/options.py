@@ -77,7 +77,7 @@ class Audit:
         for name in self.on:
             if name not in SUBJECTS:
                 raise ValueError(
-                    f"audit.on: there is no {name!r}{nearest(name, SUBJECTS)}; allowed: "
-                    + ", ".join(SUBJECTS)
+                    f"audit.on: there is no {name!r}{nearest(name, SUBJECTS)} (allowed: "
+                    f"{', '.join(SUBJECTS)})"
                 )
         return self
