@@ -20,8 +20,9 @@ from fedkd.types import Arrays
 class CanaryClients:
     """``count`` clients whose update is ``C u_j``, u_j uniform on the unit sphere, C the clip norm.
 
-    They come by coins of the rate that the ledger counts: always, where nothing is amplified. ``observed`` (rounds, count): the cosine of
-    each with the noised update that a round released; ``came`` likewise, whether it took part.
+    They come by coins of the rate that the ledger counts: always, where nothing is amplified.
+    ``observed`` (rounds, count): the cosine of each with the noised update that a round released;
+    ``came`` likewise, whether it took part.
     Source: Andrew et al., One-shot Empirical Privacy Estimation for Federated Learning, ICLR 2024,
     algorithm 1.
     """
