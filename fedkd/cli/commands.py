@@ -74,7 +74,7 @@ def list_(
     kind: Annotated[Optional[str], typer.Argument(help="Only this kind.")] = None,  # noqa: UP045
     workspace: Workspace = HERE,
 ) -> None:
-    """List strategies, data sources, partitions, models, presets, with one line each."""
+    """List strategies, data, tokenizers, models, objectives, presets, with one line each."""
     from fedkd.cli.catalogue import show_list
 
     show_list(kind, workspace)
@@ -82,7 +82,7 @@ def list_(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A name from fedkd list, or: experiment.")],
+    name: Annotated[str, typer.Argument(help="A name from fedkd list, or: experiment, canaries, audit.")],
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[option=value]...", help="Options of a partition to preview."),
