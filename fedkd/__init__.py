@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedkd.audit.run import audit_run as audit_run
+    from fedkd.audit.study import audit_study as audit_study
     from fedkd.config import Experiment as Experiment
     from fedkd.config import experiment as experiment
     from fedkd.config import load as load
@@ -24,6 +26,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Experiment": "fedkd.config",
+    "audit_run": "fedkd.audit.run",
+    "audit_study": "fedkd.audit.study",
     "experiment": "fedkd.config",
     "load": "fedkd.config",
     "run": "fedkd.engine.simulation",
@@ -34,6 +38,8 @@ _WHERE = {
 __all__ = [
     "Experiment",
     "Strategy",
+    "audit_run",
+    "audit_study",
     "experiment",
     "load",
     "run",
