@@ -58,7 +58,9 @@ def write(name: str, results: Sequence[Result], folder: Path) -> None:
     if shots:
         titles = ("", "seed", "claimed", "estimated", "at least (of)", "cosine", "std if absent")
         lines = [titles, ("---",) * len(titles), *shots]
-        text += "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{audit_one_shot.NOTE}\n"
+        text += (
+            "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{audit_one_shot.NOTE}\n"
+        )
     write_text(HERE / f"results-{name}.md", text.rstrip("\n") + "\n")
     numbers = json.dumps(without_curves(results), separators=(",", ":"), sort_keys=True)
     write_text(HERE / f"results-{name}.json", numbers + "\n")

@@ -81,6 +81,24 @@ def exposure_table(
     }
 
 
+def label_exposure(
+    subject: Subject, canaries: CanarySet, classes: int, audit: Audit, rng: Rng
+) -> dict[str, Any] | None:
+    """Return ``log2 K - log2 rank`` of the assigned label among K, of images; None of text.
+
+    Weak: at most log2 K bits, and nothing that text has. Exposure ranks a canary among others.
+    """
+    rank = subject.scores.rank
+    if not rank.all():
+        return None
+    bits = math.log2(classes) - np.log2(rank)
+    found: dict[str, Any] = {"ceiling": math.log2(classes)}
+    for name, which in (("inside", canaries.inside), ("outside", ~canaries.inside)):
+        estimate = mean(bits[which], rng.child(name), audit.confidence) if which.any() else None
+        found[name] = plain(estimate) if estimate is not None else None
+    return found
+
+
 def attack_table(
     scores: Mapping[str, np.ndarray], inside: np.ndarray, confidence: float
 ) -> dict[str, Any]:

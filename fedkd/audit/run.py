@@ -19,6 +19,7 @@ from fedkd.audit.results import (
     bound_table,
     exposure_table,
     exposures,
+    label_exposure,
     number,
     reductions,
 )
@@ -115,6 +116,13 @@ def _memory(
             "covered": covered(run, subject, audit),
             "exposure": exposure_table(
                 own, saturated, how, canaries, audit, rng.child(subject.name)
+            ),
+            "label_exposure": label_exposure(
+                subject,
+                canaries,
+                run.prepared.setting.task.classes,
+                audit,
+                rng.child(subject.name, "labels"),
             ),
             **_attacked(scores, run, audit),
         }

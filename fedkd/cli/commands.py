@@ -82,7 +82,9 @@ def list_(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A name from fedkd list, or: experiment, canaries, audit.")],
+    name: Annotated[
+        str, typer.Argument(help="A name from fedkd list, or: experiment, canaries, audit.")
+    ],
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[option=value]...", help="Options of a partition to preview."),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from fedkd.audit.results import label_exposure
 from fedkd.audit.scoring import Scores, score
+from fedkd.audit.subjects import Group, Subject
 from fedkd.data.federated import Split
 from fedkd.errors import RunError
 from fedkd.privacy.auditing.lira import phi
+from fedkd.privacy.auditing.options import Audit
+from fedkd.rng import Rng
 
 N, C, L = 23, 7, 6
 
@@ -127,3 +132,17 @@ def test_losses_that_are_not_finite_are_refused(bad, shape):
 def test_an_output_that_is_not_there_is_named():
     with pytest.raises(RunError, match=r"client 3 has no output 'global'; it has personal"):
         score(table(drawn(N, C)), "global", images(LABELS), 8, "client 3")
+
+
+def test_label_exposure_is_the_rank_of_the_label_among_the_classes():
+    def subject(rank: list[int]) -> Subject:
+        empty = np.zeros(len(rank))
+        scores = Scores(empty, empty, empty, np.array(rank))
+        return Subject("teacher", (Group(np.arange(len(rank)), scores, scores),), {})
+
+    planted = SimpleNamespace(inside=np.array([True, True, False, False]))
+    found = label_exposure(subject([1, 2, 8, 8]), planted, 8, Audit(), Rng(0))
+    assert found["ceiling"] == 3
+    assert found["inside"]["value"] == 2.5
+    assert found["outside"]["value"] == 0
+    assert label_exposure(subject([0, 0, 0, 0]), planted, 8, Audit(), Rng(0)) is None
