@@ -1,7 +1,7 @@
 """Frozen results of two small audits: text with two students, and mislabelled images.
 
-Exposure and AUC may differ a little as other processors round differently. Regenerate after a change
-of results that is meant (and say so in the changelog):
+Exposure and AUC may differ a little as other processors round differently. Regenerate after a
+change of results that is meant (and say so in the changelog):
 
     python -m tests.golden.test_audit_golden
 """
