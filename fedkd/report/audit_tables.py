@@ -18,6 +18,7 @@ from fedkd.metrics.intervals import mean_t
 from fedkd.privacy.exposure import excess
 from fedkd.privacy.ledger import rounded_up
 from fedkd.report import tables
+from fedkd.report.notes import merged
 from fedkd.report.tables import Column
 from fedkd.types import Estimate
 
@@ -35,12 +36,11 @@ EXPOSURE = (
 TPR = "TPR: share of planted canaries found, at that share of false alarms."
 UNRESOLVED = "*: share found without a false alarm, as too few were left out to measure that rate."
 BOUND = (
-    "epsilon ≥: what the one-run audit certified, of the most that it could have certified with as "
-    "many canaries. It was chosen before the scores were seen (unit client: all canaries; example: "
-    "those with the fewest copies; no unit: the epsilon of a whole canary with all its copies), "
-    "rests on the coins alone and holds with confidence and delta of the bounds table; of several "
-    "seeds it is the (lower) median. A low bound says that this attack showed no more, and never "
-    "that no more leaks."
+    "epsilon ≥: what the one-run audit certified, of the most that it could have with as many "
+    "canaries. Chosen before the scores were seen (unit client: all canaries; example: those with "
+    "the fewest copies; no unit: the epsilon of a whole canary with all its copies), it rests on "
+    "the coins alone, with confidence and delta of the bounds table; of several seeds it is the "
+    "(lower) median. A low bound says that this attack showed no more, never that no more leaks."
 )
 
 
@@ -209,7 +209,7 @@ def by_level(results: Sequence[Result]) -> Table:
     titles = ("", *(f"{r} {'copy' if r == 1 else 'copies'}" for r in levels), "not planted")
     measured = [f["exposure"] for line in made for f in line.found if f.get("exposure")]
     methods = ", ".join(dict.fromkeys(str(e["method"]) for e in measured))
-    heard = dict.fromkeys(str(note) for e in measured for note in e["notes"])
+    heard = merged(str(note) for e in measured for note in e["notes"])
     return Table("Exposure in bits", titles, rows, (f"Estimated by {methods}.", *heard))
 
 
@@ -287,8 +287,8 @@ def show(results: Sequence[Result], console: Console) -> None:
 
 def markdown(results: Sequence[Result], name: str = "audit") -> str:
     """Return all tables as Markdown."""
-    made = (headline(results), by_level(results), bounds(results), reductions(results))
-    return f"# {name}\n\n" + "".join(table.markdown() for table in made).rstrip("\n") + "\n"
+    made = [table(results).markdown() for table in (headline, by_level, bounds, reductions)]
+    return f"# {name}\n\n" + "".join(made).rstrip("\n") + "\n"
 
 
 def write(results: Sequence[Result], folder: Path, name: str = "audit") -> list[Path]:
