@@ -93,8 +93,8 @@ def equal_quality(text: Sequence[Result], noised: Sequence[Result]) -> str:
     """Return a table: each student's exposure beside that of a noised teacher as good as it is.
 
     The noised teacher's exposure is interpolated between the measured noise levels of a mechanism,
-    in each seed for itself; a student better than the teacher without noise, or worse than the one
-    with most, has no partner.
+    in each seed for itself. A student worse than the teacher with most noise is set against that
+    one, which is better, and marked; one better than the teacher without noise has no partner.
     """
     seeds = sorted({r["run"]["seed"] for r in noised} & {r["run"]["seed"] for r in text})
     students = [s for s in text[0]["subjects"] if s.startswith("student:")]
@@ -114,6 +114,7 @@ def equal_quality(text: Sequence[Result], noised: Sequence[Result]) -> str:
                 cells += ["none", "–"]
                 continue
             part = "" if len(known) == len(seeds) else f" ({len(known)} of {len(seeds)} seeds)"
+            part += " *" if any(_worst(noised, s, mechanism) < own[s][0] for s in seeds) else ""
             cells += [_mean([b for _, b in known]) + part, _mean([a - b for a, b in known])]
         lines.append(f"| {' | '.join(cells)} |")
     arms = dict.fromkeys(r["run"]["label"] for r in noised)
@@ -134,7 +135,8 @@ def equal_quality(text: Sequence[Result], noised: Sequence[Result]) -> str:
         "# Students against noise, at equal quality\n\nShakespeare's roles; mean over seeds "
         f"{seeds} with Student's t intervals (none of one seed). Exposure in bits, mean over all "
         "planted canaries; 1.44 is no memory. Difference: student minus noised teacher, paired by "
-        "seed; below 0 the student remembers less.\n\n"
+        "seed; below 0 the student remembers less. *: the student is worse than the teacher with "
+        "most noise, which it is then set against.\n\n"
     )
     return head + "\n".join(lines) + "\n"
 
@@ -145,16 +147,25 @@ def _run(results: Sequence[Result], seed: int) -> Result:
 
 def _at(noised: Sequence[Result], seed: int, mechanism: str, quality: float) -> float | None:
     """Return the exposure of a teacher under noise that predicts as well, in one seed."""
-    points = sorted(
+    points = _teachers(noised, seed, mechanism)
+    bits = [p[0] for p in points]
+    if quality < bits[0]:
+        return None
+    return float(np.interp(quality, bits, [p[1] for p in points]))
+
+
+def _worst(noised: Sequence[Result], seed: int, mechanism: str) -> float:
+    return _teachers(noised, seed, mechanism)[-1][0]
+
+
+def _teachers(noised: Sequence[Result], seed: int, mechanism: str) -> list[tuple[float, float]]:
+    """Return bits per character and exposure of a seed's teachers, from no noise to most."""
+    return sorted(
         point(r, "teacher")
         for r in noised
         if r["run"]["seed"] == seed
         and (r["run"]["label"] == "fedavg" or r["run"]["label"].startswith(mechanism))
     )
-    bits = [p[0] for p in points]
-    if not bits[0] <= quality <= bits[-1]:
-        return None
-    return float(np.interp(quality, bits, [p[1] for p in points]))
 
 
 def _claim(result: Result) -> str:
