@@ -24,6 +24,8 @@ from fedkd.types import Estimate
 
 MARKERS = (*"osD^vP*X",)
 GREY = "#777777"
+FAR = 2.5
+"""What lies so many times above all that was measured is told, not shown."""
 RARE = 0.01
 """The share of canaries above the level that theory is drawn at."""
 
@@ -67,19 +69,22 @@ def exposure(made: Sequence[Line], stem: Path) -> list[Path]:
                 inner = "white" if share else style["color"]
                 axes.plot(x, value, marker, color=style["color"], mfc=inner, markersize=4)
             open_ |= any(share > 0 for _, _, share in known)
-            top = max([top, *values])
+            top = max([top, *values, *(e.high for _, e, _ in known if math.isfinite(e.high))])
         if open_:
             axes.plot([], [], "o", color=GREY, mfc="white", markersize=4,
                       label="open: at least this, some beat all references")  # fmt: skip
         ceiling = _ceiling(shown)
         axes.axhline(NULL_BITS, color="black", linestyle=":", linewidth=1.1,
                      label="no memorisation (1.44)")  # fmt: skip
+        low = min(0.0, axes.get_ylim()[0])
+        # What lies far above all that was measured would press it together.
+        high = 1.08 * _highest(shown, ceiling, max(top, 3.0))
         if ceiling is not None:
+            hidden = ", not shown" if ceiling > high else ""
             axes.axhline(ceiling, color=GREY, linestyle="--", linewidth=1.1,
-                         label=f"ceiling ({ceiling:.1f})")  # fmt: skip
-        high = 1.08 * max(top, ceiling or 0.0, 3.0)
+                         label=f"ceiling ({ceiling:.1f}{hidden})")  # fmt: skip
         _theory_by_copies(axes, shown, high)
-        axes.set_ylim(min(0.0, axes.get_ylim()[0]), high)
+        axes.set_ylim(low, high)
         _copies(axes, sorted({r for line in shown for r in line.levels()}))
         axes.set_ylabel("exposure in bits")
         axes.set_title(_units(shown, "canaries"), loc="left")
@@ -102,8 +107,8 @@ def tail(made: Sequence[Line], stem: Path) -> list[Path]:
     if not pooled:
         return files
     count = max(bits.size for _, bits in pooled)
-    ceiling = _ceiling(shown) or max(bits.max() for _, bits in pooled)
-    end = max(1.05 * ceiling, 4.0)
+    largest = max(float(bits.max()) for _, bits in pooled)
+    end = max(1.05 * min(_ceiling(shown) or largest, FAR * largest), 4.0)
     t = np.linspace(0, end, 400)
     with figure(3.2 + 0.15 * len(shown), stem, files) as (drawn, axes):
         for i, (line, bits) in enumerate(pooled):
@@ -238,6 +243,14 @@ def _claims(shown: Iterable[Line]) -> list[_Claim]:
             )
             found.append(_Claim(epsilon, float(theory["delta"] or 0.0), example, group))
     return list(dict.fromkeys(found))
+
+
+def _highest(shown: Sequence[Line], ceiling: float | None, top: float) -> float:
+    """Return the highest of what was measured, the ceiling and theory that is not far above it."""
+    fewest = min(r for line in shown for r in line.levels())
+    marks = [level_at(c.epsilon, c.delta, RARE, c.units(fewest)) for c in _claims(shown)]
+    marks += [] if ceiling is None else [ceiling]
+    return max([top, *(mark for mark in marks if mark <= FAR * top)])
 
 
 def _theory_by_copies(axes: Any, shown: Sequence[Line], high: float) -> None:
