@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -31,11 +32,11 @@ def attacks(
         return found
     phi = np.stack([r.scores.phi for r in references])
     for name, online in (("lira-online", True), ("lira-offline", False)):
-        scores = _allowed(lambda o=online: lira(target.scores.phi, phi, inside, online=o))
+        scores = _allowed(partial(lira, target.scores.phi, phi, inside, online=online))
         if scores is not None:
             found[name] = scores
     for name, online in (("rmia-online", True), ("rmia-offline", False)):
-        scores = _allowed(lambda o=online: _rmia(target, references, inside, o))
+        scores = _allowed(partial(_rmia, target, references, inside, online))
         if scores is not None:
             found[name] = scores
     return found
@@ -51,10 +52,11 @@ def released_attack(
     target = run.released()
     if target is None:
         return None
-    known = [r.released() for r in references]
-    if any(k is None or k.shape != target.shape for k in known):
+    found = [r.released() for r in references]
+    known = [k for k in found if k is not None and k.shape == target.shape]
+    if len(known) < len(found):
         return None
-    return _allowed(lambda: released(target, np.stack([k for k in known if k is not None]), inside))
+    return _allowed(partial(released, target, np.stack(known), inside))
 
 
 def _rmia(
@@ -66,12 +68,13 @@ def _rmia(
         others = [r.groups[place] for r in references]
         who = group.canaries
         found = _allowed(
-            lambda g=group, o=others, w=who: rmia(
-                g.scores.log_p,
-                np.stack([r.scores.log_p for r in o]),
-                inside[:, w],
-                g.references.log_p,
-                np.stack([r.references.log_p for r in o]),
+            partial(
+                rmia,
+                group.scores.log_p,
+                np.stack([r.scores.log_p for r in others]),
+                inside[:, who],
+                group.references.log_p,
+                np.stack([r.references.log_p for r in others]),
                 online=online,
             )
         )
@@ -80,10 +83,10 @@ def _rmia(
     return scores
 
 
-def _allowed(attack) -> np.ndarray | None:  # type: ignore[no-untyped-def]
+def _allowed(attack: Callable[[], np.ndarray]) -> np.ndarray | None:
     """Return an attack's scores, or None where the references do not suffice for it."""
     try:
-        scores: np.ndarray = attack()
+        scores = attack()
     except DataError:
         # Losses that are no numbers, runs that do not belong together: no matter of how many.
         raise

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedkd.audit.finished import Finished
 from fedkd.audit.students import student_parts
-from fedkd.config import Cell
+from fedkd.config import Experiment
 from fedkd.engine.setup import Prepared, prepare
 from fedkd.errors import ConfigError, DataError
 from fedkd.privacy.auditing.options import Audit
@@ -15,25 +15,15 @@ from fedkd.privacy.exposure import FEWEST
 from fedkd.rng import stream
 
 
-def check(cells: Sequence[Cell]) -> None:
-    """Build the parts of every run and of its audit once; one seed of each label is enough.
+def check(experiment: Experiment) -> None:
+    """Build the parts of a run and of its audit.
 
     Raises:
-        ConfigError: all that is impossible with the first label that it is with.
+        ConfigError: all that is impossible with them.
     """
-    seen = set()
-    for cell in cells:
-        if cell.label in seen:
-            continue
-        seen.add(cell.label)
-        try:
-            problems = list(impossible(prepare(cell.experiment), cell.experiment.audit))
-            if problems:
-                raise ConfigError("\n".join(problems))
-        except ConfigError as error:
-            if len({c.label for c in cells}) == 1:
-                raise
-            raise type(error)(f"in {cell.label!r}: {error}") from None
+    problems = list(impossible(prepare(experiment), experiment.audit))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def impossible(prepared: Prepared, audit: Audit) -> Iterator[str]:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedkd.audit.possible import check
+from fedkd.audit import possible
 from fedkd.audit.references import AuditWatcher, reference_seeds
 from fedkd.audit.run import audit_run
 from fedkd.config import Cell, Experiment
 from fedkd.engine.folder import RunFolder, write_text
 from fedkd.engine.setup import resolve
 from fedkd.engine.simulation import run
-from fedkd.engine.study import CellResult
+from fedkd.engine.study import CellResult, check
 from fedkd.errors import ConfigError, FedkdError
 
 RESULTS = "audits.json"
@@ -72,7 +72,7 @@ def audit_study(
                 f"in {cell.label!r}: no canary is planted, so there is nothing to audit; set "
                 "canaries.kind = 'text', 'random-image' or 'mislabelled', or random_clients"
             )
-    check(targets)
+    check(targets, possible.check)
     cells = _all(targets)
     folders = {digest: out / "runs" / digest for digest in cells}
     if watcher is not None:

@@ -102,8 +102,8 @@ def _personal(run: Finished, audit: Audit) -> Subject:
         verdicts.append(quality(run, predict, run.predict, [test]))
     mean: dict[str, float | None] = {}
     for key in verdicts[0]:
-        values = [v[key] for v in verdicts if v[key] is not None]
-        mean[key] = float(np.mean(values)) if values else None  # type: ignore[arg-type]
+        values = [value for v in verdicts if (value := v[key]) is not None]
+        mean[key] = float(np.mean(values)) if values else None
     return Subject("personal", tuple(groups), mean)
 
 

@@ -6,7 +6,7 @@ A run that fails is reported and the others go on; a run that is finished is not
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,10 +102,13 @@ def run_study(
     return result
 
 
-def check(cells: Sequence[Cell]) -> None:
+def check(cells: Sequence[Cell], attempt: Callable[[Experiment], object] = prepare) -> None:
     """Build the parts of every run once, so that no run fails late for a reason known early.
 
     Seeds of one label differ in nothing that can be wrong, so one of each label is enough.
+
+    Raises:
+        ConfigError: what ``attempt`` raised, with the label where there are several.
     """
     seen = set()
     for cell in cells:
@@ -113,7 +116,7 @@ def check(cells: Sequence[Cell]) -> None:
             continue
         seen.add(cell.label)
         try:
-            prepare(cell.experiment)
+            attempt(cell.experiment)
         except ConfigError as error:
             if len({c.label for c in cells}) == 1:
                 raise
