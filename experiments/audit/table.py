@@ -114,7 +114,8 @@ def equal_quality(text: Sequence[Result], noised: Sequence[Result]) -> str:
                 cells += ["none", "–"]
                 continue
             part = "" if len(known) == len(seeds) else f" ({len(known)} of {len(seeds)} seeds)"
-            part += " *" if any(_worst(noised, s, mechanism) < own[s][0] for s in seeds) else ""
+            shown = [s for s, other in pairs if other is not None]
+            part += " *" if any(_worst(noised, s, mechanism) < own[s][0] for s in shown) else ""
             cells += [_mean([b for _, b in known]) + part, _mean([a - b for a, b in known])]
         lines.append(f"| {' | '.join(cells)} |")
     arms = dict.fromkeys(r["run"]["label"] for r in noised)
@@ -149,7 +150,8 @@ def _at(noised: Sequence[Result], seed: int, mechanism: str, quality: float) -> 
     """Return the exposure of a teacher under noise that predicts as well, in one seed."""
     points = _teachers(noised, seed, mechanism)
     bits = [p[0] for p in points]
-    if quality < bits[0]:
+    # Without an arm of this mechanism in this seed there is nothing to compare with.
+    if len(points) < 2 or quality < bits[0]:
         return None
     return float(np.interp(quality, bits, [p[1] for p in points]))
 
