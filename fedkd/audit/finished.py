@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedkd.clients.client import Client, Predictor, personal
+from fedkd.clients.client import Client, Predictor
 from fedkd.data import manifest
 from fedkd.data.federated import Split, as_split
 from fedkd.engine.checkpoint import Checkpoint
@@ -193,8 +193,3 @@ class Finished:
                 value = whole
             parts.append(value.astype(np.float64).ravel())
         return parts
-
-
-def of_network(network: BlockNet) -> Predictor:
-    """Return a network's predictor, named ``personal``."""
-    return personal(network)

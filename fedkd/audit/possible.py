@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from fedkd.audit.finished import Finished
@@ -54,7 +55,7 @@ def impossible(prepared: Prepared, audit: Audit) -> Iterator[str]:
             "from; use one that averages whole networks, or set audit.students = {}"
         )
     for name, student in audit.students.items():
-        yield from _refused(lambda n=name, s=student: student_parts(begun, n, s))  # type: ignore[misc]
+        yield from _refused(partial(student_parts, begun, name, student))
 
 
 def _refused(attempt: Callable[[], object]) -> Iterator[str]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fedkd.audit.finished import Finished
+from fedkd.clients.teacher_terms import teacher_logits
 from fedkd.clients.training import Training
-from fedkd.clients.transfer import CHUNK, transfer
-from fedkd.config import Component
+from fedkd.clients.transfer import transfer
 from fedkd.data.federated import Split
 from fedkd.distill.objectives.base import objectives
 from fedkd.distill.targets import noised
@@ -121,7 +121,7 @@ def lesson(run: Finished, name: str, student: Student, teacher: BlockNet) -> Les
     pool = _public(run, name, student)
     data = run.prepared.federation.pooled().train if pool is None else pool
     data = Split(data.x.to(run.prepared.device), data.y.to(run.prepared.device))
-    logits = _logits(teacher, data.x)
+    logits = teacher_logits(teacher, data)
     if student.swing.map == "off":
         probs = torch.softmax(logits / student.temperature, dim=-1)
         return Lesson(data, probs, student.temperature, None, True)
@@ -151,20 +151,13 @@ def _plan(run: Finished, student: Student) -> SwingPlan:
     return SwingPlan(student.swing, release, setting.public, setting.task, _rng(run, "scorer"))
 
 
-def _logits(teacher: BlockNet, x: Tensor) -> Tensor:
-    size = CHUNK if x.dtype.is_floating_point else max(1, CHUNK // x.shape[1])
-    with torch.no_grad():
-        return torch.cat([teacher(part) for part in x.split(size)])
-
-
 def _book(run: Finished, student: Student) -> tuple[ModelBook, str]:
     setting = run.prepared.setting
     if not student.model:
         return setting.book, setting.book.labels[0]
     # Options are checked here, with the place where they were written.
     build(models.get(student.model), student.model_options, "audit.students model_options")
-    component = Component(student.model, student.model_options)
-    specs = {student.model: (component.name, component.options)}
+    specs = {student.model: (student.model, student.model_options)}
     return ModelBook(setting.task, specs, setting.seed), student.model
 
 

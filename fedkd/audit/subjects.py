@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fedkd.audit.finished import Finished, of_network
+from fedkd.audit.finished import Finished
 from fedkd.audit.scoring import Scores, score
 from fedkd.audit.students import distilled
-from fedkd.clients.client import Predictor
-from fedkd.clients.judge import Verdict, judge
+from fedkd.clients.client import Predictor, personal
+from fedkd.clients.judge import judge
 from fedkd.data.federated import Split
 from fedkd.errors import ConfigError
 from fedkd.privacy.auditing.options import Audit
@@ -65,7 +65,7 @@ def subjects(run: Finished, audit: Audit, cache: Path) -> list[Subject]:
     found = []
     teacher = run.teacher() if {"teacher", "student"} & set(audit.on) else None
     if "teacher" in audit.on and teacher is not None:
-        found.append(_subject(run, "teacher", of_network(teacher), "personal", audit))
+        found.append(_subject(run, "teacher", personal(teacher), "personal", audit))
     if "student" in audit.on and audit.students:
         if teacher is None:
             raise ConfigError(
@@ -75,7 +75,7 @@ def subjects(run: Finished, audit: Audit, cache: Path) -> list[Subject]:
             )
         for name, options in audit.students.items():
             network = distilled(run, name, options, teacher, cache)
-            found.append(_subject(run, f"student:{name}", of_network(network), "personal", audit))
+            found.append(_subject(run, f"student:{name}", personal(network), "personal", audit))
     if "personal" in audit.on:
         found.append(_personal(run, audit))
     return found
@@ -85,7 +85,7 @@ def _subject(run: Finished, name: str, predict: Predictor, output: str, audit: A
     everybody = np.arange(len(run.examples))
     group = _group(run, predict, output, everybody, audit, name)
     test = run.prepared.federation.global_test(0)
-    return Subject(name, (group,), quality(run, predict, output, [test]))
+    return Subject(name, (group,), quality(run, predict, output, test))
 
 
 def _personal(run: Finished, audit: Audit) -> Subject:
@@ -99,7 +99,7 @@ def _personal(run: Finished, audit: Audit) -> Subject:
         mine = np.flatnonzero(first == k)
         groups.append(_group(run, predict, run.predict, mine, audit, f"client {k}"))
         test = run.prepared.federation.client(int(k)).test
-        verdicts.append(quality(run, predict, run.predict, [test]))
+        verdicts.append(quality(run, predict, run.predict, test))
     mean: dict[str, float | None] = {}
     for key in verdicts[0]:
         values = [value for v in verdicts if (value := v[key]) is not None]
@@ -120,20 +120,14 @@ def _group(
     return replace(group, space=scored(run.space).bits, planted=scored(run.examples).bits)
 
 
-def quality(
-    run: Finished, predict: Predictor, output: str, tests: Iterable[Split]
-) -> dict[str, float | None]:
+def quality(run: Finished, predict: Predictor, output: str, test: Split) -> dict[str, float | None]:
     """Return accuracy and, of text, bits per character on test examples; None without any."""
     task = run.prepared.setting.task
-    total: Verdict | None = None
-    for split in tests:
-        verdict = judge(predict, _moved(run, split), task.classes).get(output)
-        if verdict is not None:
-            total = verdict if total is None else total + verdict
-    if total is None:
+    verdict = judge(predict, _moved(run, test), task.classes).get(output)
+    if verdict is None:
         return {"accuracy": None, "bits_per_character": None}
-    bits = total.bits_per_character(task.class_names) if task.sequence else None
-    return {"accuracy": total.accuracy, "bits_per_character": bits}
+    bits = verdict.bits_per_character(task.class_names) if task.sequence else None
+    return {"accuracy": verdict.accuracy, "bits_per_character": bits}
 
 
 def _moved(run: Finished, split: Split) -> Split:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedkd.clients.chunk import rows_at_once
 from fedkd.clients.client import Client, Predictor
 from fedkd.clients.local import Batch, Term, fit
 from fedkd.clients.terms import Distil, Supervised
@@ -100,7 +101,7 @@ def train_head(
 def infer(model: BlockNet, x: Tensor, at: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return logits (n, C) and pooled features (n, d) by block, in evaluation mode, in chunks."""
     model.eval()
-    parts = [model.forward_with_features(part, at) for part in x.split(4096)]
+    parts = [model.forward_with_features(part, at) for part in x.split(rows_at_once(x))]
     logits = torch.cat([p[0] for p in parts])
     return logits, {b: torch.cat([p[1][b] for p in parts]) for b in at}
 

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from fedkd.clients.chunk import rows_at_once
 from fedkd.clients.client import Predictor
 from fedkd.data.federated import UNLABELLED, Split
-
-CHUNK = 4096
-"""Examples in one forward pass: bounds memory, large enough not to cost time."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def judge(predict: Predictor, split: Split, classes: int) -> dict[str, Verdict]:
     Of text every token counts by itself.
     """
     found: dict[str, Verdict] = {}
-    size = CHUNK if split.y.dim() == 1 else max(1, CHUNK // split.y.shape[1])
+    size = rows_at_once(split.x)
     for x, labels in zip(split.x.split(size), split.y.split(size), strict=True):
         real = labels != UNLABELLED
         # Every image has a label: it is not worth a copy.

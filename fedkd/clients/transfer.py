@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fedkd.clients.chunk import rows_at_once
 from fedkd.clients.heads import Weighted
 from fedkd.clients.local import FitResult, Term, fit
 from fedkd.clients.terms import Distil
@@ -24,8 +25,6 @@ from fedkd.distill.targets import SampleTargets
 from fedkd.errors import RunError
 from fedkd.models.base import BlockNet
 from fedkd.rng import Rng
-
-CHUNK = 4096
 
 
 @contextmanager
@@ -83,7 +82,7 @@ class Ensemble:
 
         ``temperature`` is one number, or (n,) of one for each input.
         """
-        size = CHUNK if x.dtype.is_floating_point else max(1, CHUNK // x.shape[1])
+        size = rows_at_once(x)
         parts = labels.split(size) if labels is not None else [None] * -(-len(x) // size)
         by_part: Sequence[Temperature] = [temperature] * len(parts)
         if isinstance(temperature, Tensor):

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from fedkd.clients.chunk import CHUNK
 from fedkd.clients.synthesis import Samples
-from fedkd.clients.transfer import CHUNK, Ensemble
+from fedkd.clients.transfer import Ensemble
 from fedkd.options import NonNegative, Ratio, options
 from fedkd.rng import Rng
 from fedkd.strategies.base import Setting, strategies

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedkd.clients.chunk import CHUNK
 from fedkd.clients.client import Client, Update
 from fedkd.clients.local import Term
 from fedkd.clients.synthesis import (
@@ -25,7 +26,7 @@ from fedkd.clients.synthesis import (
     codes_for,
     train_generator,
 )
-from fedkd.clients.transfer import CHUNK, Ensemble, frozen, transfer
+from fedkd.clients.transfer import Ensemble, frozen, transfer
 from fedkd.models.base import BlockNet
 from fedkd.options import Count, NonNegative, Positive, options
 from fedkd.privacy.payload import Payload

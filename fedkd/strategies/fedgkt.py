@@ -14,12 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedkd.clients.chunk import CHUNK
 from fedkd.clients.client import Client, Predictor, Update
 from fedkd.clients.heads import make_head, soften
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Distil, Supervised
 from fedkd.clients.training import Training
-from fedkd.clients.transfer import CHUNK, transfer
+from fedkd.clients.transfer import transfer
 from fedkd.distill.objectives.base import objectives
 from fedkd.distill.targets import SampleTargets
 from fedkd.errors import nearest

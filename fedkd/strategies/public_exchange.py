@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedkd.clients.chunk import CHUNK
 from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.local import Batch, Term
 from fedkd.clients.swing_targets import Softening, softening
@@ -36,7 +37,6 @@ from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
 
 CONSENSUS = "consensus/scores"
 CONSENSUS_ROUND = "consensus/round"
-CHUNK = 4096
 
 
 @options

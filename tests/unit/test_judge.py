@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd.clients import judge as module
+from fedkd.clients import chunk
 from fedkd.clients.heads import mixed, with_heads
 from fedkd.clients.judge import Verdict, judge
 from fedkd.data.federated import Split
@@ -35,7 +35,7 @@ def test_counts_by_class_and_loss_by_hand():
 def test_chunks_do_not_matter(monkeypatch):
     split = case()
     whole = judge(lambda x: {"a": x, "b": -x}, split, CLASSES)
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(chunk, "CHUNK", 7)
     parts = judge(lambda x: {"a": x, "b": -x}, split, CLASSES)
     assert list(whole) == list(parts) == ["a", "b"]
     for name in whole:

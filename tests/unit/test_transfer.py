@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedkd.clients import transfer as module
+from fedkd.clients import chunk
 from fedkd.clients.terms import Supervised
 from fedkd.clients.training import Training
 from fedkd.clients.transfer import Ensemble, frozen, transfer
@@ -92,7 +92,7 @@ def test_targets_in_chunks_equal_one_pass(n, labelled, monkeypatch):
     made = ensemble(ClassCounts(), shares=shares / shares.sum(0))
     x, y = inputs(n), torch.arange(n) % C if labelled else None
     whole = made.probs(x, 2.0, y)
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(chunk, "CHUNK", 7)
     targets = made.targets(x, 2.0, y)
     assert not targets.requires_grad
     torch.testing.assert_close(targets, whole.detach(), rtol=0, atol=1e-6)

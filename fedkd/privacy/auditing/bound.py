@@ -7,6 +7,7 @@ canaries would have certified: a low bound below a low ceiling is no evidence of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,6 +125,22 @@ def check(confidence: float, delta: float, *, gaussian: bool = False) -> None:
     if not 0 <= delta < 1 or (gaussian and delta == 0):
         also = ", and above 0 since no Gaussian mechanism has an epsilon at 0" if gaussian else ""
         raise ConfigError(f"delta = {delta!r}: must be at least 0 and below 1{also}, such as 1e-5")
+
+
+def largest(refuted: Callable[[float], bool], tolerance: float) -> float:
+    """Return the largest x >= 0 that is refuted, where all below it are too; 0 if none is.
+
+    Found by doubling, then bisection to a relative ``tolerance``, from below.
+    """
+    if not refuted(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while refuted(high):
+        low, high = high, 2 * high
+    while high - low > tolerance * max(1.0, high):
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
 
 
 def geometric(most: int, least: int = 1, ratio: float = math.sqrt(2)) -> list[int]:

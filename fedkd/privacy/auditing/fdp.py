@@ -14,7 +14,7 @@ from scipy.special import ndtr, ndtri
 
 from fedkd.errors import ConfigError
 from fedkd.privacy.accounting import gaussian_epsilon
-from fedkd.privacy.auditing.bound import Bound, bound, scores
+from fedkd.privacy.auditing.bound import Bound, bound, largest, scores
 from fedkd.privacy.auditing.one_run import counts, guesses, perfect, promising
 
 METHOD = "one-run-fdp"
@@ -48,15 +48,7 @@ def lower_bound(m: int, r: int, v: int, p: float) -> float:
     """
     if not 0 <= v <= r <= m:
         raise ConfigError(f"{v} right of {r} guesses on {m} canaries is impossible")
-    if not rejects(0.0, m, r, v, p):
-        return 0.0
-    low, high = 0.0, 1.0
-    while rejects(high, m, r, v, p):
-        low, high = high, 2 * high
-    while high - low > 1e-8 * max(1.0, high):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rejects(middle, m, r, v, p) else (low, middle)
-    return low
+    return largest(lambda mu: rejects(mu, m, r, v, p), 1e-8)
 
 
 def one_run_fdp(

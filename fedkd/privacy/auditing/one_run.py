@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from fedkd.errors import ConfigError
-from fedkd.privacy.auditing.bound import Bound, bound, geometric, scores
+from fedkd.privacy.auditing.bound import Bound, bound, geometric, largest, scores
 from fedkd.privacy.auditing.clopper_pearson import lower
 
 METHOD = "one-run"
@@ -57,15 +57,9 @@ def lower_bound(m: int, r: int, v: int, p: float, delta: float) -> float:
     """
     if not 0 <= v <= r <= m:
         raise ConfigError(f"{v} right of {r} guesses on {m} canaries is impossible")
-    if r == 0 or p_value(m, r, v, 0.0, delta) >= p:
+    if r == 0:
         return 0.0
-    low, high = 0.0, 1.0
-    while p_value(m, r, v, high, delta) < p:
-        low, high = high, 2 * high
-    while high - low > 1e-9 * max(1.0, high):
-        middle = (low + high) / 2
-        low, high = (middle, high) if p_value(m, r, v, middle, delta) < p else (low, middle)
-    return low
+    return largest(lambda epsilon: p_value(m, r, v, epsilon, delta) < p, 1e-9)
 
 
 def guesses(m: int) -> list[tuple[int, int]]:
