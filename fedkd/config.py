@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BeforeValidator, Field
 
+from fedkd.axes import STRATEGY, Sweep, named
 from fedkd.clients.participation import Participation
 from fedkd.clients.training import Training
 from fedkd.errors import ConfigError
@@ -156,6 +157,7 @@ class Experiment:
         dict[str, Table],
         Field(description="label -> what differs: run beside this experiment, in one table"),
     ] = dataclasses.field(default_factory=dict)
+    sweep: Sweep = Sweep()
 
     def table(self) -> Table:
         """Return this experiment as nested tables that TOML can hold."""
@@ -170,7 +172,7 @@ class Experiment:
         table = {
             k: v
             for k, v in self.table().items()
-            if k not in ("name", "engine", "compare", "seeds", "audit")
+            if k not in ("name", "engine", "compare", "seeds", "audit", "sweep")
         }
         if self.canaries == Canaries():
             # A federation without canaries is what it was before there were any.
@@ -181,18 +183,38 @@ class Experiment:
         text = json.dumps(table, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def cells(self, workspace: Path | None = None) -> Iterator[Cell]:
-        """Return the single runs of this comparison: this one, then ``compare``, for each seed."""
+    def variants(self) -> dict[str, Table]:
+        """Return what differs by label: nothing for this experiment itself, then ``compare``.
+
+        Raises:
+            ConfigError: a label is used twice, or strategies are compared and swept over at once.
+        """
+        over = self.sweep.axes().get(STRATEGY)
+        if over is not None:
+            if self.compare:
+                raise ConfigError(
+                    "strategy is an axis of the sweep, and compare names strategies too: put all "
+                    "of them in one place"
+                )
+            return {named(value): {STRATEGY: value} for value in over}
         if self.strategy.name in self.compare:
             raise ConfigError(
                 f"compare.{self.strategy.name!r} has the label of the experiment itself; give it "
                 "another label"
             )
+        return {self.strategy.name: {}, **self.compare}
+
+    def cells(
+        self, workspace: Path | None = None, variants: Mapping[str, Table] | None = None
+    ) -> Iterator[Cell]:
+        """Return the single runs of this comparison: each of ``variants`` for each seed.
+
+        Without ``variants`` they are this experiment and what it is compared to.
+        """
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds = {list(self.seeds)}: give each seed once")
-        variants: dict[str, Table] = {self.strategy.name: {}, **self.compare}
-        base = {k: v for k, v in self.table().items() if k not in ("compare", "seeds")}
-        for label, changes in variants.items():
+        base = {k: v for k, v in self.table().items() if k not in ("compare", "seeds", "sweep")}
+        for label, changes in (self.variants() if variants is None else variants).items():
             table = copy.deepcopy(base)
             for key, value in changes.items():
                 override(table, key, value)

@@ -19,6 +19,7 @@ from fedkd.engine.folder import RunFolder, read_records
 from fedkd.engine.study import CellResult, StudyResult, folders
 from fedkd.errors import ConfigError
 from fedkd.metrics.log import Log
+from fedkd.report.curves import Curves, curves
 
 STUDY, RUN = "study.toml", "config.toml"
 
@@ -46,6 +47,12 @@ class RunView:
     def log(self) -> Log:
         """All records of the run."""
         return Log(self.experiment.clients.count, read_records(self.folder / "metrics.jsonl"))
+
+    @cached_property
+    def curves(self) -> Curves:
+        """The run by round, without its log."""
+        records = read_records(self.folder / "metrics.jsonl")
+        return curves(records, self.experiment.clients.count, *self.headline)
 
     @cached_property
     def ledger(self) -> dict[str, Any] | None:
@@ -106,13 +113,21 @@ def stored(folder: Path) -> Experiment:
         ConfigError: the folder holds neither.
     """
     for name in (STUDY, RUN):
-        file = folder / name
-        if file.is_file():
-            try:
-                return experiment(tomllib.loads(file.read_text(encoding="utf-8")))
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{file} is damaged: {error}") from None
+        if (folder / name).is_file():
+            return read_toml(folder / name)
     raise ConfigError(f"{folder} holds no run: there is neither {STUDY} nor {RUN} in it")
+
+
+def read_toml(file: Path) -> Experiment:
+    """Return the experiment that a file of results holds.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return experiment(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is damaged: {error}") from None
 
 
 def load(folder: str | Path, workspace: Path | None = None) -> StudyResult:

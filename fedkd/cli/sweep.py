@@ -1,0 +1,125 @@
+"""``fedkd sweep``: all labels at all points for all seeds, several at a time, then the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedkd.axes import Table
+from fedkd.cli import INTERRUPTED, complain
+from fedkd.cli.places import RUNS, read
+from fedkd.cli.run import failures_told_once
+from fedkd.cli.screen import screen
+from fedkd.cli.sweep_view import Board, SweepLines, SweepSilent, SweepTable
+from fedkd.config import Experiment, experiment, parse
+from fedkd.errors import ConfigError
+from fedkd.sweep.run import SweepResult, run_sweep
+
+
+def sweep(
+    arguments: Sequence[str],
+    *,
+    over: Sequence[str],
+    together: Sequence[str],
+    seeds: int | None,
+    jobs: int,
+    out: Path | None,
+    quiet: bool,
+    workspace: Path,
+) -> int:
+    """Run a sweep and report it; return the exit code.
+
+    Raises:
+        ConfigError: a run is impossible, found before the first one.
+    """
+    made = with_axes(read(arguments, workspace), over, together, seeds, workspace)
+    place = out or workspace / RUNS / f"{made.name}-sweep"
+    board = Board(jobs)
+    view = show(board, quiet)
+    if not quiet:
+        view.note(f"{made.name}: results go to {place}")
+    try:
+        try:
+            with failures_told_once():
+                result = run_sweep(made, place, jobs=jobs, watcher=view, workspace=workspace)
+        finally:
+            view.end()
+    except KeyboardInterrupt:
+        complain(
+            f"stopped; {board.line() or 'nothing was run'}. Nothing finished is lost: go on with "
+            "the same command"
+        )
+        return INTERRUPTED
+    return finish(result, workspace)
+
+
+def with_axes(
+    made: Experiment,
+    over: Sequence[str],
+    together: Sequence[str],
+    seeds: int | None,
+    workspace: Path,
+) -> Experiment:
+    """Return an experiment with the axes of the command line beside those of its file.
+
+    An axis that is given again replaces that of the file.
+
+    Raises:
+        ConfigError: an axis is not ``key=value,value``.
+    """
+    table = made.table()
+    axes: Table = table.setdefault("sweep", {})
+    grid, moving = dict(made.sweep.grid), dict(made.sweep.zip)
+    for given, target, other, option in (
+        (over, grid, moving, "--over"),
+        (together, moving, grid, "--zip"),
+    ):
+        for text in given:
+            key, values = axis(text, option)
+            other.pop(key, None)
+            target[key] = tuple(values)
+    axes["grid"] = {key: list(values) for key, values in grid.items()}
+    axes["zip"] = {key: list(values) for key, values in moving.items()}
+    if seeds is not None:
+        table["seeds"] = list(range(seeds))
+    return experiment(table, workspace=workspace)
+
+
+def axis(text: str, option: str) -> tuple[str, list[object]]:
+    """Read ``key=value,value``.
+
+    >>> axis("clients.participation.ratio=0.1,0.5", "--over")
+    ('clients.participation.ratio', [0.1, 0.5])
+    """
+    key, sign, values = text.partition("=")
+    if not sign or not key.strip() or not values.strip():
+        raise ConfigError(
+            f"{option} {text!r} is no axis; write key=value,value, as in "
+            f"{option} clients.participation.ratio=0.1,0.5,1.0"
+        )
+    found = parse(values.strip())
+    return key.strip(), found if isinstance(found, list) else [found]
+
+
+def show(board: Board, quiet: bool) -> SweepLines:
+    """Return how progress is shown: on stderr, so that stdout holds the tables only."""
+    if quiet:
+        return SweepSilent(board)
+    console = screen(err=True)
+    if console.is_terminal and not console.is_dumb_terminal:
+        return SweepTable(board, console)
+    return SweepLines(board)
+
+
+def finish(result: SweepResult, workspace: Path) -> int:
+    """Write and print the report; return 1 if a run failed."""
+    from fedkd.report.full import full
+
+    console = screen()
+    full([result.folder], result.folder, console=console, workspace=workspace)
+    for run in result.failed:
+        complain(f"run {run.title} failed: {result.errors[run.digest]}")
+    if result.failed:
+        console.print("The same command tries what failed again.")
+    console.print(f"Results: {result.folder}", soft_wrap=True)
+    return 1 if result.failed else 0

@@ -1,0 +1,250 @@
+"""Runs from any number of folders as one collection: labels, points on axes, seeds.
+
+A folder holds a sweep, a comparison or a single run. Where folders differ in what they were run
+with, what differs becomes an axis, so that two sweeps over parts of an axis are one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from fedkd.config import Experiment
+from fedkd.errors import ConfigError
+from fedkd.report.curves import Curves
+from fedkd.report.folders import Entry, Found, read_folder
+from fedkd.report.runs import RunView
+
+Value = str | int | float | bool
+RATIO = "clients.participation.ratio"
+TITLES = {
+    RATIO: "participation ratio",
+    "clients.participation.scheme": "participation scheme",
+    "clients.participation.availability": "availability",
+    "clients.participation.dropout": "drop-out",
+    "clients.participation.deadline": "deadline",
+    "clients.count": "clients",
+    "clients.training.epochs": "local epochs",
+    "clients.training.lr": "learning rate",
+    "data.partition.alpha": "Dirichlet alpha",
+    "data.partition.name": "partition",
+    "data.source.name": "data",
+    "privacy.epsilon": "epsilon",
+    "privacy.noise_multiplier": "noise multiplier",
+    "privacy.mean_noise": "noise on the mean",
+    "model.name": "model",
+    "rounds": "rounds",
+}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A run without a result: why, and how far it came."""
+
+    seed: int
+    state: Literal["failed", "running", "waiting"]
+    reason: str
+    folder: Path
+    rounds_done: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One label at one point: its seeds are the independent runs of every statistic."""
+
+    label: str
+    point: dict[str, Value]
+    runs: list[RunView] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+
+    @cached_property
+    def curves(self) -> list[Curves]:
+        """Each run by round, in the order of ``runs``."""
+        return [run.curves for run in self.runs]
+
+    @property
+    def strategy(self) -> str:
+        """The name of the strategy; empty without a run."""
+        return str(self.runs[0].summary["strategy"]) if self.runs else ""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that have a result."""
+        return tuple(run.seed for run in self.runs)
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """All runs of some folders; ``axes`` holds what varies, with its values in ascending order."""
+
+    name: str
+    folders: tuple[Path, ...]
+    axes: dict[str, tuple[Value, ...]]
+    labels: tuple[str, ...]
+    groups: list[Group]
+    tuning: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def points(self) -> list[dict[str, Value]]:
+        """Return every point that has a group, in order."""
+        found: list[dict[str, Value]] = []
+        for group in self.groups:
+            if group.point not in found:
+                found.append(group.point)
+        return sorted(found, key=lambda point: _rank(point, self.axes))
+
+    def group(self, label: str, point: Mapping[str, Value]) -> Group | None:
+        """Return the group of a label at a point."""
+        return next((g for g in self.groups if g.label == label and g.point == dict(point)), None)
+
+    def along(self, axis: str, label: str, rest: Mapping[str, Value]) -> list[tuple[Value, Group]]:
+        """Return a label's groups by ascending value of an axis, the other axes as in ``rest``."""
+        wanted = dict(rest)
+        return [
+            (group.point[axis], group)
+            for value in self.axes[axis]
+            for group in self.groups
+            if group.label == label
+            and group.point.get(axis) == value
+            and {k: v for k, v in group.point.items() if k != axis} == wanted
+        ]
+
+    def slices(self, axis: str) -> list[dict[str, Value]]:
+        """Return every combination of the other axes that has a group."""
+        found: list[dict[str, Value]] = []
+        for point in self.points():
+            rest = {k: v for k, v in point.items() if k != axis}
+            if rest not in found:
+                found.append(rest)
+        return found
+
+
+def axis_title(key: str) -> str:
+    """Return what an axis is called in figures and tables.
+
+    >>> axis_title(RATIO), axis_title("strategy.drop_every")
+    ('participation ratio', 'drop every')
+    """
+    return TITLES.get(key, key.rsplit(".", 1)[-1].replace("_", " "))
+
+
+def collect(
+    folders: Sequence[str | Path], *, workspace: Path | None = None, partial: bool = False
+) -> Collection:
+    """Return the runs of some folders as one collection; nothing is run and nothing is written.
+
+    Args:
+        folders: each a sweep, a comparison or a run.
+        workspace: where presets are looked for.
+        partial: runs under way count with what they have so far, for the live page.
+
+    Raises:
+        ConfigError: a folder holds no runs, or there is none.
+    """
+    if not folders:
+        raise ConfigError("name at least one folder of a run, a comparison or a sweep")
+    found = [read_folder(Path(folder), workspace, partial) for folder in folders]
+    keys = _axes(found)
+    labels = _labels(found)
+    groups: dict[tuple[str, str], Group] = {}
+    seen: set[tuple[str, str, int]] = set()
+    for index, holding in enumerate(found):
+        for entry in holding.entries:
+            label = labels[index, entry.label]
+            point = {key: _at(entry, key) for key in keys}
+            address = (label, json.dumps(point, sort_keys=True))
+            group = groups.setdefault(address, Group(label, point))
+            if (*address, entry.seed) in seen:
+                # The same run in two folders counts once.
+                continue
+            seen.add((*address, entry.seed))
+            _put(group, entry)
+    axes = {key: _ascending([g.point[key] for g in groups.values()]) for key in keys}
+    order = list(dict.fromkeys(labels.values()))
+    for group in groups.values():
+        group.runs.sort(key=lambda run: run.seed)
+        group.missing.sort(key=lambda missing: missing.seed)
+    return Collection(
+        name=" + ".join(dict.fromkeys(holding.name for holding in found)),
+        folders=tuple(holding.folder for holding in found),
+        axes=axes,
+        labels=tuple(order),
+        groups=sorted(groups.values(), key=lambda g: (order.index(g.label), _rank(g.point, axes))),
+        tuning=next((h.tuning for h in found if h.tuning), None),
+    )
+
+
+def _put(group: Group, entry: Entry) -> None:
+    if entry.summary is not None:
+        group.runs.append(RunView(group.label, entry.seed, entry.folder, entry.summary))
+    if entry.state != "finished":
+        group.missing.append(
+            Missing(entry.seed, entry.state, entry.reason, entry.folder, entry.rounds_done)
+        )
+
+
+def _axes(found: Sequence[Found]) -> list[str]:
+    """Return the keys that vary: what a sweep names, and what folders differ in."""
+    keys = list(dict.fromkeys(key for holding in found for key in holding.axes))
+    tables = [flat(holding.experiment) for holding in found]
+    for key in dict.fromkeys(key for table in tables for key in table):
+        values = {json.dumps(table.get(key)) for table in tables}
+        if len(values) > 1 and key not in keys and not key.startswith(("strategy.", "seed")):
+            keys.append(key)
+    return keys
+
+
+def flat(experiment: Experiment) -> dict[str, Any]:
+    """Return what a result depends on as ``key.sub`` -> value; lists as text."""
+    table = experiment.table()
+    for key in ("name", "engine", "compare", "seeds", "audit", "sweep"):
+        table.pop(key, None)
+    found: dict[str, Any] = {}
+
+    def add(prefix: str, inner: Mapping[str, Any]) -> None:
+        for key, value in inner.items():
+            if isinstance(value, Mapping):
+                add(f"{prefix}{key}.", value)
+            else:
+                plain = isinstance(value, str | int | float | bool)
+                found[prefix + key] = value if plain else json.dumps(value)
+
+    add("", table)
+    return found
+
+
+def _at(entry: Entry, key: str) -> Value:
+    if key in entry.point:
+        value = entry.point[key]
+        return value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    value = flat(entry.experiment).get(key, "none")
+    return value if isinstance(value, str | int | float | bool) else json.dumps(value)
+
+
+def _labels(found: Sequence[Found]) -> dict[tuple[int, str], str]:
+    """Return labels; one that stands for different strategies in two folders is told apart."""
+    meant: dict[str, dict[str, None]] = {}
+    for holding in found:
+        for label, what in holding.meanings.items():
+            meant.setdefault(label, {})[what] = None
+    labels = {}
+    for index, holding in enumerate(found):
+        for label, what in holding.meanings.items():
+            several = len(meant[label]) > 1
+            number = list(meant[label]).index(what)
+            labels[index, label] = f"{label} ({holding.name})" if several and number else label
+    return labels
+
+
+def _ascending(values: Sequence[Value]) -> tuple[Value, ...]:
+    unique = list(dict.fromkeys(values))
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in unique)
+    return tuple(sorted(unique, key=float)) if numbers else tuple(unique)
+
+
+def _rank(point: Mapping[str, Value], axes: Mapping[str, Sequence[Value]]) -> tuple[int, ...]:
+    return tuple(list(axes[key]).index(value) for key, value in point.items())

@@ -1,0 +1,147 @@
+"""What figures and tables need of a run, compact: a sweep of many runs fits into memory.
+
+The records of a run are read once and let go; what stays are arrays by round and client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedkd.metrics.log import Log
+from fedkd.types import Record
+
+JUDGED = ("accuracy", "loss", "bits_per_character")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Curves:
+    """One run by round: R judged rounds, T played rounds, K clients; NaN where there is no value.
+
+    ``accuracy``, ``loss``, ``bits`` (R, K) are of the headline read-out on the clients' own test
+    data, ``validation`` (R, K) the accuracy on their validation data; ``bits`` is None unless the
+    run is of text. ``bytes_up``, ``bytes_down`` (T,) and ``seconds`` (T,) are of training,
+    ``seconds_judging`` (T,) of judging. ``took_part`` (T, K) says who trained, ``lost`` (T, K)
+    whose upload never came. ``epsilon`` and ``epsilon_clients`` (largest client) are by round,
+    finite ones only; ``clock`` (T,) is the simulated duration of a round in its own unit.
+    """
+
+    clients: int
+    rounds: np.ndarray
+    accuracy: np.ndarray
+    validation: np.ndarray
+    loss: np.ndarray
+    bits: np.ndarray | None
+    played: np.ndarray
+    bytes_up: np.ndarray
+    bytes_down: np.ndarray
+    seconds: np.ndarray
+    seconds_judging: np.ndarray
+    took_part: np.ndarray
+    lost: np.ndarray
+    clock: np.ndarray
+    examples: np.ndarray
+    test_examples: np.ndarray
+    epsilon: dict[int, float] = field(default_factory=dict)
+    epsilon_clients: dict[int, float] = field(default_factory=dict)
+
+    def by_client(self, last_k: int) -> np.ndarray:
+        """Return each client's accuracy (K,), mean of the last ``last_k`` judged rounds."""
+        return nanmean(self.accuracy[-last_k:], axis=0)
+
+    def mean(self) -> np.ndarray:
+        """Return the unweighted mean accuracy over clients (R,)."""
+        return nanmean(self.accuracy, axis=1)
+
+    def sent_until(self, rounds: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the bytes of training, both ways, sent up to the end of each of ``rounds``."""
+        total = np.concatenate([[0.0], np.cumsum(self.bytes_up + self.bytes_down)])
+        return np.asarray(total[np.searchsorted(self.played, np.asarray(rounds), side="right")])
+
+
+def nanmean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return the mean of what is there, NaN where nothing is; never a warning."""
+    seen = ~np.isnan(values)
+    count = seen.sum(axis)
+    total = np.where(seen, values, 0.0).sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def curves(records: Iterable[Record], clients: int, readout: str, predict: str) -> Curves:
+    """Return the arrays of one run from its records; ``readout`` and ``predict`` are its headline.
+
+    ``stale`` is ``own`` with the last value carried over rounds in which a client sat out.
+    """
+    log = Log(clients, list(records))
+    source = "own" if readout == "stale" else readout
+    rounds = log.rounds("accuracy", source)
+    played = sorted({r.round for r in log.records if r.metric == "seconds" and r.round > 0})
+    tables = _tables(log, rounds, source, predict)
+    if readout == "stale":
+        for table in tables.values():
+            for i in range(1, len(table)):
+                table[i] = np.where(np.isnan(table[i]), table[i - 1], table[i])
+    accuracy = tables["test", "accuracy"]
+    held = ~np.isnan(accuracy).all(axis=1)
+    bits = tables["test", "bits_per_character"]
+    part, lost = _presence(log, played)
+    return Curves(
+        clients=clients,
+        rounds=np.array(rounds, dtype=np.int64)[held],
+        accuracy=accuracy[held],
+        validation=tables["validation", "accuracy"][held],
+        loss=tables["test", "loss"][held],
+        bits=None if np.isnan(bits).all() else bits[held],
+        played=np.array(played, dtype=np.int64),
+        bytes_up=_series(log, "bytes_up", "train", played, 0.0),
+        bytes_down=_series(log, "bytes_down", "train", played, 0.0),
+        seconds=_series(log, "seconds", "train", played, np.nan),
+        seconds_judging=_series(log, "seconds", "evaluate", played, np.nan),
+        took_part=part,
+        lost=lost,
+        clock=_series(log, "clock", "simulated", played, np.nan),
+        examples=log.by_client("examples", "train"),
+        test_examples=log.by_client("examples", "test"),
+        epsilon=log.series("epsilon", "privacy"),
+        epsilon_clients=log.series("epsilon/largest_client", "privacy"),
+    )
+
+
+def _tables(
+    log: Log, rounds: Sequence[int], source: str, predict: str
+) -> dict[tuple[str, str], np.ndarray]:
+    """Return what was judged by (split, metric), each (R, K), in one pass over the records."""
+    row = {round_: i for i, round_ in enumerate(rounds)}
+    tables = {
+        (split, metric): np.full((len(rounds), log.clients), np.nan)
+        for split in ("test", "validation")
+        for metric in JUDGED
+    }
+    for r in log.records:
+        if r.client < 0 or r.readout != source or r.predict != predict:
+            continue
+        table = tables.get((r.split, r.metric))
+        if table is not None and r.round in row:
+            table[row[r.round], r.client] = r.value
+    return tables
+
+
+def _presence(log: Log, played: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return who did local work in each round, and whose upload was lost; each (T, K)."""
+    row = {round_: i for i, round_ in enumerate(played)}
+    part, lost = (np.zeros((len(played), log.clients), dtype=bool) for _ in range(2))
+    for r in log.records:
+        if r.client < 0 or r.round not in row:
+            continue
+        if r.split == "train" or r.readout == "own":
+            part[row[r.round], r.client] = True
+        if r.metric == "lost" and r.value:
+            lost[row[r.round], r.client] = True
+    return part | lost, lost
+
+
+def _series(log: Log, metric: str, split: str, played: Sequence[int], missing: float) -> np.ndarray:
+    found = log.series(metric, split)
+    return np.array([found.get(t, missing) for t in played], dtype=float)

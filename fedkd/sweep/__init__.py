@@ -1,0 +1,1 @@
+"""Sweeps: every label at every point for every seed, each run once, whatever was interrupted."""

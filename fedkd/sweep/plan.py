@@ -1,0 +1,158 @@
+"""Which runs a sweep consists of: labels x points x seeds, each named by what it follows from.
+
+Runs lie in ``runs/<digest>``: the digest is a hash of everything that a result depends on, so a
+repeated, interrupted or extended sweep does only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedkd.axes import STRATEGY, Sweep, Table, named, points
+from fedkd.config import Experiment
+from fedkd.engine.folder import write_text
+from fedkd.engine.setup import resolve
+from fedkd.errors import ConfigError
+
+INDEX, CONFIG, RUNS = "sweep.json", "sweep.toml", "runs"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: its label, where it lies on the axes, its seed, and what it is."""
+
+    label: str
+    point: Table
+    seed: int
+    experiment: Experiment
+    digest: str
+    folder: Path
+
+    @property
+    def place(self) -> str:
+        """Label and point in one line."""
+        at = [f"{key.rsplit('.', 1)[-1]}={named(value)}" for key, value in self.point.items()]
+        return ", ".join([self.label, *at])
+
+    @property
+    def title(self) -> str:
+        """Label, point and seed in one line."""
+        return f"{self.place}, seed {self.seed}"
+
+
+def plan(
+    experiment: Experiment,
+    out: Path,
+    *,
+    variants: Mapping[str, Table] | None = None,
+    workspace: Path | None = None,
+) -> list[PlannedRun]:
+    """Return all runs of a sweep, labels first, then points, then seeds.
+
+    Args:
+        experiment: with its ``sweep``; one without axes is a comparison of one point.
+        out: folder of the sweep.
+        variants: what differs by label; by default the strategies of the experiment.
+        workspace: where presets are looked for.
+
+    Raises:
+        ConfigError: an axis or a value is impossible, with label and point.
+    """
+    labels, axes = _tied(experiment, variants)
+    made = []
+    for label, changes in labels.items():
+        for point in points(axes):
+            try:
+                cells = list(experiment.cells(workspace, {label: {**changes, **point}}))
+            except ConfigError as error:
+                raise type(error)(f"at {_where(point)}: {error}" if point else str(error)) from None
+            for cell in cells:
+                full = resolve(replace(cell.experiment, name=experiment.name))
+                digest = full.digest()
+                made.append(PlannedRun(label, point, cell.seed, full, digest, out / RUNS / digest))
+    return made
+
+
+def _tied(
+    experiment: Experiment, variants: Mapping[str, Table] | None
+) -> tuple[dict[str, Table], Sweep]:
+    """Return labels, and the axes that are left: what moves with the strategy is tied to it."""
+    sweep = experiment.sweep
+    labels = dict(experiment.variants() if variants is None else variants)
+    grid = {k: v for k, v in sweep.grid.items() if k != STRATEGY}
+    if STRATEGY not in sweep.zip:
+        return labels, replace(sweep, grid=grid)
+    rows = list(points(replace(sweep, grid={})))
+    if variants is None:
+        labels = {named(row[STRATEGY]): dict(row) for row in rows}
+        if len(labels) < len(rows):
+            raise ConfigError(
+                "sweep.zip.strategy names a strategy twice, so its rows have no labels of their "
+                "own: use compare.LABEL tables in place of it"
+            )
+    return labels, replace(sweep, grid=grid, zip={})
+
+
+def _where(point: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {named(value)}" for key, value in point.items())
+
+
+def axes_of(runs: Sequence[PlannedRun]) -> dict[str, list[Any]]:
+    """Return each axis with its values, in the order in which they were given."""
+    axes: dict[str, list[Any]] = {}
+    for run in runs:
+        for key, value in run.point.items():
+            values = axes.setdefault(key, [])
+            if value not in values:
+                values.append(value)
+    return axes
+
+
+def write_index(experiment: Experiment, runs: Sequence[PlannedRun], out: Path) -> None:
+    """Write ``sweep.toml`` and ``sweep.json``: which run of the folder stands for what."""
+    table = {
+        "version": VERSION,
+        "name": experiment.name,
+        "axes": axes_of(runs),
+        "labels": list(dict.fromkeys(run.label for run in runs)),
+        "seeds": sorted({run.seed for run in runs}),
+        "runs": [
+            {
+                "label": run.label,
+                "point": run.point,
+                "seed": run.seed,
+                "digest": run.digest,
+                "folder": f"{RUNS}/{run.digest}",
+            }
+            for run in runs
+        ],
+    }
+    write_text(out / CONFIG, experiment.toml())
+    write_text(out / INDEX, json.dumps(table, indent=1) + "\n")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return what ``sweep.json`` holds.
+
+    Raises:
+        ConfigError: it is damaged, of another version, or names folders outside of its own.
+    """
+    file = folder / INDEX
+    try:
+        table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if table["version"] != VERSION:
+            raise ValueError(f"version {table['version']!r}, not {VERSION}")
+        for run in table["runs"]:
+            if run["folder"] != f"{RUNS}/{run['digest']}" or not str(run["digest"]).isalnum():
+                raise ValueError(f"folder {run['folder']!r} is not that of run {run['digest']!r}")
+            _ = run["label"], dict(run["point"]), int(run["seed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}); make it again with the fedkd sweep that made it"
+        ) from None
+    return table

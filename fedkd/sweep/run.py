@@ -1,0 +1,109 @@
+"""Run a sweep: check everything first, do what is missing, keep what is finished.
+
+A run that fails is reported and the others go on. The same command again tries failed runs anew
+and goes on with interrupted ones to the very bits of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from fedkd.config import Cell, Experiment
+from fedkd.engine.folder import RunFolder
+from fedkd.engine.study import check
+from fedkd.sweep.lock import locked
+from fedkd.sweep.plan import PlannedRun, plan, write_index
+from fedkd.sweep.pool import run_all
+from fedkd.sweep.worker import Told
+
+
+class SweepWatcher(Protocol):
+    """Is told of what happens in a sweep, for instance to draw its table."""
+
+    def planned(self, runs: Sequence[PlannedRun], finished: Sequence[str]) -> None:
+        """Take note of all runs, and of the digests of those that were finished before."""
+
+    def told(self, run: PlannedRun, told: Told) -> None:
+        """Take note of a round, of a result or of a failure."""
+
+    def tick(self) -> None:
+        """Draw the time that is left."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All runs of a sweep, and why those without a result have none, by digest."""
+
+    experiment: Experiment
+    folder: Path
+    runs: list[PlannedRun] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[PlannedRun]:
+        """The runs without a result, each once."""
+        return list({r.digest: r for r in self.runs if r.digest in self.errors}.values())
+
+
+def run_sweep(
+    experiment: Experiment,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    watcher: SweepWatcher | None = None,
+    workspace: Path | None = None,
+) -> SweepResult:
+    """Run every label at every point of ``experiment.sweep`` for every seed, each once.
+
+    Args:
+        experiment: with ``sweep``, ``compare`` and ``seeds``.
+        out: folder of the sweep; what is finished in it is kept.
+        jobs: runs at a time, each in a process of its own with an equal share of the cores.
+        watcher: told of every round.
+        workspace: where presets and drop-ins are looked for.
+
+    Raises:
+        ConfigError: some run is impossible: found before the first one starts.
+        RunError: another process is at work in ``out``.
+    """
+    out, space = Path(out), workspace or Path()
+    with locked(out):
+        runs = plan(experiment, out, workspace=space)
+        check_runs(runs)
+        write_index(experiment, runs, out)
+        errors = do(runs, jobs, watcher, space)
+    return SweepResult(experiment, out, runs, errors)
+
+
+def check_runs(runs: Sequence[PlannedRun]) -> None:
+    """Build the parts of what is to be run once for each label and point, seeds apart.
+
+    Raises:
+        ConfigError: with label and point.
+    """
+    missing = [run for run in runs if RunFolder(run.folder).summary() is None]
+    check([Cell(run.place, run.seed, run.experiment) for run in missing])
+
+
+def do(
+    runs: Sequence[PlannedRun], jobs: int, watcher: SweepWatcher | None, workspace: Path
+) -> dict[str, str]:
+    """Do the runs that are missing, and return why some have no result, by digest."""
+    each = {run.digest: run for run in runs}
+    finished = [d for d, run in each.items() if RunFolder(run.folder).summary() is not None]
+    if watcher is not None:
+        watcher.planned(runs, finished)
+    errors: dict[str, str] = {}
+
+    def listen(run: PlannedRun, told: Told) -> None:
+        if told[0] == "failed":
+            errors[run.digest] = str(told[1]["error"])
+        if watcher is not None:
+            watcher.told(run, told)
+
+    missing = [run for digest, run in each.items() if digest not in set(finished)]
+    run_all(missing, jobs, listen, workspace, watcher.tick if watcher else lambda: None)
+    return errors

@@ -1,0 +1,119 @@
+"""One worker process of a sweep: it gets runs one after the other and tells how each goes.
+
+It ends with its parent: when nobody listens any more, the next round's report fails.
+"""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from fedkd.config import Experiment
+from fedkd.engine.folder import RunFolder
+from fedkd.errors import FedkdError
+from fedkd.metrics.log import Log
+from fedkd.sweep.failed import forget_reason, keep_reason
+from fedkd.sweep.lock import locked
+
+PATIENCE = 60.0
+"""Seconds that a run waits for a process that is still at work in its folder."""
+Kind = Literal["round", "done", "failed"]
+Told = tuple[Kind, dict[str, Any]]
+
+
+class Messenger:
+    """Tells a listener of every round of a run: the watcher of :func:`fedkd.run`."""
+
+    def __init__(self, tell: Any, rounds: int, predict: str) -> None:
+        self.tell, self.rounds, self.predict = tell, rounds, predict
+        self._seen, self._bytes, self._accuracy = 0, 0.0, float("nan")
+
+    def started(self, experiment: Experiment, first_round: int) -> None:
+        """Say with which round the run begins."""
+        self.tell(("round", self._at(first_round - 1, ())))
+
+    def finished_round(self, round_: int, log: Log, failures: Sequence[str]) -> None:
+        """Say what a round came to."""
+        judged: list[float] = []
+        for r in log.records[self._seen :]:
+            if r.metric in ("bytes_up", "bytes_down") and r.split == "train":
+                self._bytes += r.value
+            elif (r.metric, r.split, r.readout, r.predict) == (
+                *("accuracy", "test", "composite"),
+                self.predict,
+            ) and r.round == round_:
+                judged.append(r.value)
+        self._seen = len(log.records)
+        if judged:
+            self._accuracy = sum(judged) / len(judged)
+        self.tell(("round", self._at(round_, failures)))
+
+    def _at(self, round_: int, failures: Sequence[str]) -> dict[str, Any]:
+        return {
+            "round": round_,
+            "rounds": self.rounds,
+            "accuracy": self._accuracy,
+            "bytes": self._bytes,
+            "failures": list(failures),
+        }
+
+
+def run_one(experiment: Experiment, folder: Path, tell: Any) -> None:
+    """Run one experiment, or go on with it; tell of its rounds and of what became of it.
+
+    What concerns this run only is told and kept; nothing is raised but Ctrl-C.
+    """
+    from fedkd.engine.simulation import run
+
+    predict = str(experiment.strategy.options.get("predict", "personal"))
+    try:
+        with locked(folder, PATIENCE):
+            forget_reason(folder)
+            watcher = Messenger(tell, experiment.rounds, predict)
+            summary = run(experiment, folder, resume=RunFolder(folder).exists(), watcher=watcher)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        ours = isinstance(error, FedkdError)
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        keep_reason(folder, text, "" if ours else traceback.format_exc())
+        tell(("failed", {"error": text}))
+        return
+    last = summary["readouts"].get(summary["headline"]["readout"], {})
+    entry = last.get(summary["headline"]["predict"], {}).get("mean_last_k", {})
+    tell(("done", {"accuracy": entry.get("user_accuracy", float("nan"))}))
+
+
+def serve(connection: Connection, workspace: str, threads: int) -> None:
+    """Do what comes through the connection until it is closed; for a process of its own."""
+    # Ctrl-C reaches the whole group: the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import logging
+
+        from fedkd.config import experiment
+        from fedkd.engine.setup import load_workspace
+
+        logging.getLogger("fedkd.engine.grid").setLevel(logging.CRITICAL)
+        load_workspace(Path(workspace))
+        while True:
+            task = connection.recv()
+            if task is None:
+                return
+            made = experiment(task["table"])
+            run_one(shared(made, threads), Path(task["folder"]), connection.send)
+    except (EOFError, OSError):
+        return
+
+
+def shared(experiment: Experiment, threads: int) -> Experiment:
+    """Return an experiment that uses its job's share of the cores, unless it names a number."""
+    engine = experiment.engine
+    if engine.workers:
+        return experiment
+    return replace(experiment, engine=replace(engine, workers=threads))
