@@ -69,6 +69,50 @@ def run(
     return command(arguments or [], out, resume=resume, quiet=quiet, workspace=workspace)
 
 
+@app.command()
+def sweep(
+    arguments: Overrides = None,
+    over: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="KEY=V1,V2", help="An axis; several give every combination."),
+    ] = None,
+    together: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--zip", metavar="KEY=V1,V2", help="An axis that moves with other --zip."),
+    ] = None,
+    seeds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="How many seeds: 0, 1, 2, ..."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; they share the cores.")
+    ] = 1,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the results; default: runs/NAME-sweep."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    workspace: Workspace = HERE,
+) -> int:
+    """Run all strategies at all points of a grid for all seeds; print tables, write report.html.
+
+    Runs are known by the hash of what they follow from: the same command again does only what is
+    missing, whatever stopped it. Axes and tuning can stand in the file, see docs/sweeps.md.
+    """
+    from fedkd.cli.sweep import sweep as command
+
+    return command(
+        arguments or [],
+        over=over or [],
+        together=together or [],
+        seeds=seeds,
+        jobs=jobs,
+        out=out,
+        quiet=quiet,
+        workspace=workspace,
+    )
+
+
 @app.command("list")
 def list_(
     kind: Annotated[Optional[str], typer.Argument(help="Only this kind.")] = None,  # noqa: UP045
@@ -149,10 +193,35 @@ def replay(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a comparison or of a single run.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, comparisons or sweeps; several are one.")
+    ],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the report; default: FOLDER, of several runs/report."),
+    ] = None,
+    target: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, max=1, help="Accuracy that rounds and bytes are counted to, as 0.8."),
+    ] = None,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Write every record into results.parquet as well.")
+    ] = False,
     workspace: Workspace = HERE,
 ) -> int:
-    """Make tables and figures again from what is on disk; nothing is run."""
+    """Make tables, figures and one self-contained report.html from disk; nothing is run."""
     from fedkd.cli.saved import report as command
 
-    return command(folder, workspace)
+    return command(folders, out, target=target, parquet=parquet, workspace=workspace)
+
+
+@app.command()
+def watch(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs or sweeps under way.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    workspace: Workspace = HERE,
+) -> int:
+    """Serve the report of runs under way on 127.0.0.1, with updates; nothing is changed."""
+    from fedkd.cli.watch import watch as command
+
+    return command(folders, port, workspace)

@@ -3,28 +3,66 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedkd.cli import complain
-from fedkd.cli.places import resume_command
+from fedkd.cli.places import RUNS, resume_command
 from fedkd.cli.screen import screen
 from fedkd.errors import FedkdError
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-def report(folder: Path, workspace: Path) -> int:
-    """Write and print the tables and figures of a folder; return 1 if a run is not finished."""
+SHOWN = 5
+"""Unfinished runs that are named; the report names all of them."""
+
+
+def report(
+    folders: Sequence[Path],
+    out: Path | None,
+    *,
+    target: float | None,
+    parquet: bool,
+    workspace: Path,
+) -> int:
+    """Write and print tables, figures and the page; return 1 if a run is not finished.
+
+    Of a single comparison or run the tables and figures of ``fedkd run`` are made again, too.
+    """
+    from fedkd.report.full import full
+    from fedkd.sweep.plan import INDEX
+
+    place = out or (folders[0] if len(folders) == 1 else workspace / RUNS / "report")
+    console = screen()
+    alone = len(folders) == 1 and not (folders[0] / INDEX).is_file()
+    if alone:
+        _comparison(folders[0], console, workspace)
+    made = full(
+        folders,
+        place,
+        target=target,
+        parquet=parquet,
+        console=None if alone else console,
+        workspace=workspace,
+    )
+    missing = [(g, m) for g in made.collection.groups for m in g.missing]
+    if missing:
+        said = ", ".join(f"{g.label} (seed {m.seed})" for g, m in missing[:SHOWN])
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        how = resume_command(folders[0], workspace) if alone else "the fedkd sweep that began it"
+        complain(f"not finished: {said}{more}. Go on with: {how}")
+    console.print(f"\nReport: {made.page}", soft_wrap=True)
+    return 1 if missing else 0
+
+
+def _comparison(folder: Path, console: Console, workspace: Path) -> None:
+    """Write and print the tables and figures of a comparison, or of a single run."""
     from fedkd import report as reports
     from fedkd.report import tables
 
-    study = reports.load(folder, workspace)
-    shown = reports.write(study)
-    console = screen()
-    tables.show(shown, console)
-    if study.failed:
-        unfinished = ", ".join(f"{c.label} (seed {c.seed})" for c in study.failed)
-        complain(f"not finished: {unfinished}. Go on with: {resume_command(folder, workspace)}")
-    console.print(f"\nResults: {folder}", soft_wrap=True)
-    return 1 if study.failed else 0
+    tables.show(reports.write(reports.load(folder, workspace)), console)
 
 
 def replay(folder: Path, workspace: Path) -> int:

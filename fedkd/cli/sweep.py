@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from fedkd.cli.run import failures_told_once
 from fedkd.cli.screen import screen
 from fedkd.cli.sweep_view import Board, SweepLines, SweepSilent, SweepTable
 from fedkd.config import Experiment, experiment, parse
+from fedkd.engine.folder import write_text
 from fedkd.errors import ConfigError
+from fedkd.report.full import COMMANDS
 from fedkd.sweep.run import SweepResult, run_sweep
 
 
@@ -38,6 +41,7 @@ def sweep(
     view = show(board, quiet)
     if not quiet:
         view.note(f"{made.name}: results go to {place}")
+    remember(typed(arguments, over, together, seeds), place)
     try:
         try:
             with failures_told_once():
@@ -109,6 +113,28 @@ def show(board: Board, quiet: bool) -> SweepLines:
     if console.is_terminal and not console.is_dumb_terminal:
         return SweepTable(board, console)
     return SweepLines(board)
+
+
+def typed(
+    arguments: Sequence[str], over: Sequence[str], together: Sequence[str], seeds: int | None
+) -> str:
+    """Return the command as it could be typed again, without what changes no result.
+
+    >>> typed(["a.toml", "rounds=3"], ["seed=1,2"], [], 5)
+    'fedkd sweep a.toml rounds=3 --over seed=1,2 --seeds 5'
+    """
+    words = ["fedkd", "sweep", *arguments]
+    for option, texts in (("--over", over), ("--zip", together)):
+        words += [word for text in texts for word in (option, text)]
+    return shlex.join([*words, *([] if seeds is None else ["--seeds", str(seeds)])])
+
+
+def remember(line: str, place: Path) -> None:
+    """Add a command to the folder's ``commands.txt``, for the report to show."""
+    file = place / COMMANDS
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if line not in before.splitlines():
+        write_text(file, f"{before}{line}\n")
 
 
 def finish(result: SweepResult, workspace: Path) -> int:

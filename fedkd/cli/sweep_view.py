@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from fedkd.axes import named
 from fedkd.cli.progress import clock, plural
 from fedkd.sweep.plan import PlannedRun
+from fedkd.sweep.trials import Trial
 from fedkd.sweep.worker import Told
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Board:
 
     def planned(self, runs: Sequence[PlannedRun], finished: Sequence[str]) -> None:
         """Take note of all runs, and of those that were finished before."""
-        self.runs = list(runs)
+        self.runs, self.standing = list(runs), {}
         self._each = {run.digest: run for run in runs}
         done = set(finished)
         for digest, run in self._each.items():
@@ -137,6 +138,16 @@ class SweepLines:
         self.board.told(run, told)
         if told[0] != "round":
             self._write(f"{ended(run, told)}; {self.board.line()}")
+
+    def trial_finished(self, label: str, trial: Trial, number: int, trials: int) -> None:
+        """Write a line for a trial of tuning."""
+        options = ", ".join(f"{k.rsplit('.', 1)[-1]}={named(v)}" for k, v in trial.options.items())
+        worth = (
+            trial.error
+            if trial.validation is None
+            else f"validation {100 * trial.validation:.1f} %"
+        )
+        self.note(f"tuning {label}, trial {number}/{trials}: {options}: {worth}")
 
     def tick(self) -> None:
         """Show nothing."""

@@ -6,25 +6,36 @@ and goes on with interrupted ones to the very bits of an undisturbed run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from fedkd.axes import Table
 from fedkd.config import Cell, Experiment
 from fedkd.engine.folder import RunFolder
 from fedkd.engine.study import check
+from fedkd.sweep import privacy_curves
 from fedkd.sweep.lock import locked
 from fedkd.sweep.plan import PlannedRun, plan, write_index
 from fedkd.sweep.pool import run_all
+from fedkd.sweep.trials import Trial
+from fedkd.sweep.tune import apply, tune
 from fedkd.sweep.worker import Told
 
 
 class SweepWatcher(Protocol):
-    """Is told of what happens in a sweep, for instance to draw its table."""
+    """Is told of what happens in a sweep, for instance to draw its table.
+
+    ``planned`` comes once for each batch of trials, and then for the sweep itself.
+    """
 
     def planned(self, runs: Sequence[PlannedRun], finished: Sequence[str]) -> None:
         """Take note of all runs, and of the digests of those that were finished before."""
+
+    def trial_finished(self, label: str, trial: Trial, number: int, trials: int) -> None:
+        """Take note of one of a label's trials."""
 
     def told(self, run: PlannedRun, told: Told) -> None:
         """Take note of a round, of a result or of a failure."""
@@ -71,11 +82,35 @@ def run_sweep(
     """
     out, space = Path(out), workspace or Path()
     with locked(out):
-        runs = plan(experiment, out, workspace=space)
-        check_runs(runs)
+        variants: Mapping[str, Table] = experiment.variants()
+        # Before anything is run, tuning included: a mistake in an axis must not cost its time.
+        check_runs(plan(experiment, out, variants=curves(experiment, variants), workspace=space))
+        if experiment.sweep.tune.trials:
+            batches = partial(do, jobs=jobs, watcher=watcher, workspace=space)
+            variants = apply(tune(experiment, out, batches, watcher, space), variants)
+        runs = plan(experiment, out, variants=curves(experiment, variants), workspace=space)
         write_index(experiment, runs, out)
         errors = do(runs, jobs, watcher, space)
     return SweepResult(experiment, out, runs, errors)
+
+
+def curves(experiment: Experiment, variants: Mapping[str, Table]) -> dict[str, Table]:
+    """Return every label three times where three privacy curves are asked for, else as it is.
+
+    A label without a mechanism of its own (``privacy = "none"``) has no such curves.
+    """
+    at = experiment.sweep.privacy_at
+    if at is None:
+        return dict(variants)
+    made: dict[str, Table] = {}
+    for label, changes in variants.items():
+        cell = next(iter(experiment.cells(variants={label: changes})))
+        if cell.experiment.privacy.unit == "none" and "privacy" in changes:
+            made[label] = changes
+            continue
+        for name, noise in privacy_curves.variants(cell.experiment, at).items():
+            made[f"{label}, {name}"] = {**changes, **noise}
+    return made
 
 
 def check_runs(runs: Sequence[PlannedRun]) -> None:

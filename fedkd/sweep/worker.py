@@ -112,8 +112,8 @@ def serve(connection: Connection, workspace: str, threads: int) -> None:
 
 
 def shared(experiment: Experiment, threads: int) -> Experiment:
-    """Return an experiment that uses its job's share of the cores, unless it names a number."""
+    """Return an experiment that uses its job's share of the cores, unless it says otherwise."""
     engine = experiment.engine
-    if engine.workers:
+    if engine.workers or engine.executor not in ("auto", "thread"):
         return experiment
     return replace(experiment, engine=replace(engine, workers=threads))
