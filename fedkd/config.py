@@ -22,7 +22,7 @@ from fedkd.axes import STRATEGY, Sweep, named
 from fedkd.clients.participation import Participation
 from fedkd.clients.training import Training
 from fedkd.errors import ConfigError
-from fedkd.options import Count, Numbers, build, options
+from fedkd.options import Count, Names, Numbers, build, options
 from fedkd.presets import preset
 from fedkd.privacy.auditing.options import Audit
 from fedkd.privacy.canaries.options import Canaries
@@ -118,6 +118,10 @@ class Engine:
         "auto"
     )
     checkpoint_every: Annotated[Count, Field(description="rounds between checkpoints")] = 1
+    sinks: Annotated[
+        Names,
+        Field(description="where values go beside metrics.jsonl: tensorboard, mlflow, wandb"),
+    ] = ()
 
 
 @options
@@ -177,6 +181,7 @@ class Experiment:
         if self.canaries == Canaries():
             # A federation without canaries is what it was before there were any.
             del table["canaries"]
+        table["clients"]["participation"] = self.clients.participation.identity()
         if self.data.manifest and Path(self.data.manifest).is_file():
             content = Path(self.data.manifest).read_bytes()
             table["data"]["manifest"] = hashlib.sha256(content).hexdigest()
@@ -349,7 +354,10 @@ def _with_preset(table: Table, kind: str, workspace: Path | None) -> Table:
 
 def _one_of_three(preset: Table, given: Table) -> None:
     """Let what is given displace one of epsilon, noise and delta in a preset: each follows."""
-    three = ("epsilon", "noise_multiplier", "delta")
+    noise = "mean_noise" if "mean_noise" in given or "mean_noise" in preset else "noise_multiplier"
+    if noise == "mean_noise" and "mean_noise" in given:
+        preset.pop("noise_multiplier", None)
+    three = ("epsilon", noise, "delta")
     if all(name in preset or name in given for name in three):
         displaced = next((name for name in three if name in preset and name not in given), None)
         preset.pop(displaced or "", None)

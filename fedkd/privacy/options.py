@@ -118,6 +118,10 @@ class Privacy:
     ``unit = "client"``: a client's whole contribution; ``"example"``: one training example of a
     client; ``"none"`` claims nothing. ``trust = "central"``: the server sums clipped uploads and
     adds noise once; ``"local"``: each client adds it to what it sends.
+
+    ``mean_noise`` (unit client, central) is the noise multiplier over the expected cohort n: the
+    std on the mean of a round in units of the clipping norm, the same at every participation ratio.
+    Parts of an upload, and the count of adaptive clipping, share it as they share a multiplier.
     """
 
     unit: Annotated[
@@ -139,6 +143,10 @@ class Privacy:
     ] = None
     noise_multiplier: Annotated[
         NonNegative | None, Field(description="noise std in units of the clipping norm")
+    ] = None
+    mean_noise: Annotated[
+        NonNegative | None,
+        Field(description="in its place: noise std on the mean over the expected cohort"),
     ] = None
     delta: Annotated[
         float | None, Field(gt=0, lt=1, description="failure probability; below 1 / units")

@@ -63,7 +63,8 @@ def plan(
     Raises:
         ConfigError: an axis or a value is impossible, with label and point.
     """
-    labels, axes = _tied(experiment, variants)
+    labels = labels_of(experiment) if variants is None else dict(variants)
+    axes = _free(experiment.sweep)
     made = []
     for label, changes in labels.items():
         for point in points(axes):
@@ -78,24 +79,29 @@ def plan(
     return made
 
 
-def _tied(
-    experiment: Experiment, variants: Mapping[str, Table] | None
-) -> tuple[dict[str, Table], Sweep]:
-    """Return labels, and the axes that are left: what moves with the strategy is tied to it."""
+def labels_of(experiment: Experiment) -> dict[str, Table]:
+    """Return what differs by label: strategies with what moves with them in ``sweep.zip``.
+
+    Raises:
+        ConfigError: a strategy stands twice in ``sweep.zip``.
+    """
     sweep = experiment.sweep
-    labels = dict(experiment.variants() if variants is None else variants)
-    grid = {k: v for k, v in sweep.grid.items() if k != STRATEGY}
     if STRATEGY not in sweep.zip:
-        return labels, replace(sweep, grid=grid)
+        return experiment.variants()
     rows = list(points(replace(sweep, grid={})))
-    if variants is None:
-        labels = {named(row[STRATEGY]): dict(row) for row in rows}
-        if len(labels) < len(rows):
-            raise ConfigError(
-                "sweep.zip.strategy names a strategy twice, so its rows have no labels of their "
-                "own: use compare.LABEL tables in place of it"
-            )
-    return labels, replace(sweep, grid=grid, zip={})
+    labels = {named(row[STRATEGY]): dict(row) for row in rows}
+    if len(labels) < len(rows):
+        raise ConfigError(
+            "sweep.zip.strategy names a strategy twice, so its rows have no labels of their own: "
+            "use compare.LABEL tables in place of it"
+        )
+    return labels
+
+
+def _free(sweep: Sweep) -> Sweep:
+    """Return the axes that are not tied to labels."""
+    grid = {key: values for key, values in sweep.grid.items() if key != STRATEGY}
+    return replace(sweep, grid=grid, zip={} if STRATEGY in sweep.zip else sweep.zip)
 
 
 def _where(point: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from fedkd.engine.folder import RunFolder
 from fedkd.engine.study import check
 from fedkd.sweep import privacy_curves
 from fedkd.sweep.lock import locked
-from fedkd.sweep.plan import PlannedRun, plan, write_index
+from fedkd.sweep.plan import PlannedRun, labels_of, plan, write_index
 from fedkd.sweep.pool import run_all
 from fedkd.sweep.trials import Trial
 from fedkd.sweep.tune import apply, tune
@@ -82,12 +82,12 @@ def run_sweep(
     """
     out, space = Path(out), workspace or Path()
     with locked(out):
-        variants: Mapping[str, Table] = experiment.variants()
+        variants: Mapping[str, Table] = labels_of(experiment)
         # Before anything is run, tuning included: a mistake in an axis must not cost its time.
         check_runs(plan(experiment, out, variants=curves(experiment, variants), workspace=space))
         if experiment.sweep.tune.trials:
             batches = partial(do, jobs=jobs, watcher=watcher, workspace=space)
-            variants = apply(tune(experiment, out, batches, watcher, space), variants)
+            variants = apply(tune(experiment, out, batches, watcher, space, variants), variants)
         runs = plan(experiment, out, variants=curves(experiment, variants), workspace=space)
         write_index(experiment, runs, out)
         errors = do(runs, jobs, watcher, space)

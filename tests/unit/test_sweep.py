@@ -10,8 +10,8 @@ from fedkd.engine.simulation import run
 from fedkd.errors import ConfigError, RunError
 from fedkd.report.collection import RATIO, collect
 from fedkd.sweep.lock import held, locked
-from fedkd.sweep.plan import INDEX, plan, read_index
-from fedkd.sweep.run import run_sweep
+from fedkd.sweep.plan import INDEX, labels_of, plan, read_index
+from fedkd.sweep.run import curves, run_sweep
 
 
 @pytest.fixture
@@ -81,6 +81,10 @@ def test_what_moves_with_the_strategy_belongs_to_its_label(swept, tmp_path):
         ("fedprox", 0.3),
     }
     assert {tuple(r.point) for r in runs} == {(RATIO,)}
+    # As run_sweep makes them, which has the labels in hand.
+    made = experiment(table)
+    again = plan(made, tmp_path, variants=curves(made, labels_of(made)))
+    assert [r.digest for r in again] == [r.digest for r in runs]
 
 
 def test_a_repeated_sweep_does_nothing_and_an_extended_one_the_rest(swept, tmp_path):
