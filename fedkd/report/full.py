@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fedkd.report.sheets import Sheet
 
 PAGE, TABLES, PARQUET = "report.html", "tables", "results.parquet"
+LONG = ("paired", "costs")
+"""Tables that are in the files and on the page, but not printed."""
 COMMANDS = "commands.txt"
 """File of a sweep's folder that keeps what was typed."""
 
@@ -66,7 +68,7 @@ def full(
     aim = default_target(collection) if target is None else Target(target, "as asked for")
     sheets = sweep_tables.tables(collection, aim)
     if console is not None:
-        sweep_tables.show(sheets, console)
+        sweep_tables.show([sheet for sheet in sheets if sheet.name not in LONG], console)
     sweep_tables.write(collection, sheets, out / TABLES)
     if parquet:
         records.write(collection, out / PARQUET)

@@ -63,7 +63,7 @@ class RunView:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
-    @property
+    @cached_property
     def data(self) -> str:
         """What decides which client has which examples, apart from the seed."""
         config = self.experiment
