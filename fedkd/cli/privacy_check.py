@@ -71,24 +71,21 @@ def last_paid_round(prepared: Prepared) -> int:
     budget = plan.options.max_epsilon
     if budget is None or not plan.active:
         return rounds
-    if plan.central:
-        z = plan.accounted(plan.noise_multiplier)
+    z = plan.accounted(plan.noise_multiplier)
+    if plan.central and not plan.scheduled:
         return _most(lambda n: _epsilon(plan, History([(z, plan.rate, n)])) <= budget, rounds)
     affordable, turns = {}, dict.fromkeys(range(plan.population.clients), 0)
     for k in _kinds(plan):
-        events = plan.round_of(k)
+        events = [(z, 1.0, 1)] if plan.scheduled else plan.round_of(k)
         affordable[_kind(plan, k)] = _most(
             lambda n, events=events: (  # type: ignore[misc]
                 _epsilon(plan, History([(z, q, steps * n) for z, q, steps in events])) <= budget
             ),
             rounds,
         )
-    everybody = list(prepared.cohort_of)
-    participation, seed = prepared.experiment.clients.participation, prepared.experiment.seed
+    attendance = prepared.attendance
     for round_ in range(1, rounds + 1):
-        pooled = prepared.strategy.pooled
-        cohort = everybody if pooled else participation.cohort(seed, round_, everybody)
-        for k in cohort:
+        for k in attendance.scheduled(round_) if plan.scheduled else attendance.cohort(round_):
             turns[k] += 1
             if turns[k] > affordable[_kind(plan, k)]:
                 return round_ - 1
@@ -106,7 +103,7 @@ def _most(fits: Callable[[int], bool], rounds: int) -> int:
 
 def _kind(plan: PrivacyPlan, client: int) -> object:
     """Return what the cost of a client follows from: equal ones are computed once."""
-    if plan.central:
+    if plan.central and not plan.scheduled:
         return "all"
     return plan.noise[client], plan.population.turns[client], plan.population.fits[client]
 
@@ -134,6 +131,8 @@ def _noise(plan: PrivacyPlan) -> str:
     norm = options.clipping.norm
     first = " in the first round" if options.clipping.mode == "adaptive" else ""
     of = "in units of what one client can add to a sum of uploads"
+    if options.mean_noise is not None:
+        span += f" (mean_noise {options.mean_noise:g} x {plan.expected():g} expected clients)"
     weights = f" (weights: norm {norm:g}{first})" if plan.population.weights else ""
     if plan.local or not plan.population.weights:
         return f"multiplier {span}, {of}{weights}"

@@ -24,6 +24,8 @@ SPENT = "privacy"
 """The record of a reply that says what a client's data paid: (noise, rate, steps) in a row."""
 STATE = "fedkd"
 """The record of a node's Flower context that holds the client's memory."""
+LOST = "lost"
+"""In the configuration of a message: the simulator lets this upload get lost on its way."""
 OnFailure = Callable[[int, Client, Arrays, BaseException], None]
 
 
@@ -79,12 +81,9 @@ class ClientSide:
         if config["judge"]:
             metrics |= self.judged(client, "own", update.predictor, bool(config["global"]))
         metrics["num-examples"] = float(client.info.examples)
-        content = RecordDict(
-            {
-                "arrays": encode(arrays),
-                "metrics": MetricRecord(dict(sorted(metrics.items()))),
-            }
-        )
+        content = RecordDict({"metrics": MetricRecord(dict(sorted(metrics.items())))})
+        if not config.get(LOST):
+            content["arrays"] = encode(arrays)
         if client.spent:
             rows = [float(number) for event in client.spent for number in event]
             content[SPENT] = MetricRecord({"events": rows})
@@ -219,9 +218,14 @@ def check_finite(arrays: Arrays) -> None:
             )
 
 
-def turn(round_: int, judge_now: bool, everywhere: bool) -> ConfigRecord:
-    """Return the record that tells a client which round it is and what to judge."""
-    return ConfigRecord({"server-round": round_, "judge": judge_now, "global": everywhere})
+def turn(round_: int, judge_now: bool, everywhere: bool, lost: bool = False) -> ConfigRecord:
+    """Return the record that tells a client which round it is and what to judge.
+
+    ``lost``: its upload does not get through. The reply then has its metrics, which are the
+    simulator's own view, but no arrays.
+    """
+    said = {"server-round": round_, "judge": judge_now, "global": everywhere}
+    return ConfigRecord(said | {LOST: True} if lost else said)
 
 
 def _restored(client: Client, before: Arrays) -> Client:

@@ -69,11 +69,7 @@ class FlowerStrategy(FlowerBase):
 
     def cohort(self, round_: int) -> list[int]:
         """Return the clients that take part in a round."""
-        prepared = self.prepared
-        if prepared.strategy.pooled:
-            return list(prepared.cohort_of)
-        participation = prepared.experiment.clients.participation
-        return participation.cohort(prepared.experiment.seed, round_, prepared.cohort_of)
+        return self.prepared.attendance.cohort(round_)
 
     def judges(self, round_: int) -> tuple[bool, bool]:
         """Return whether a round is judged, and whether on the global test set too."""
@@ -86,33 +82,45 @@ class FlowerStrategy(FlowerBase):
         """Return one message for each participant."""
         nodes, cache = self.nodes(grid), Cache()
         config = turn(round_, *self.judges(round_))
+        unheard = turn(round_, *self.judges(round_), lost=True)
+        lost = set(self.prepared.attendance.lost(round_))
         setting, strategy = self.prepared.setting, self.prepared.strategy
         messages = []
         for k in self.cohort(round_):
             arrays = strategy.broadcast(state, setting.clients[k], round_, setting)
-            content = RecordDict({"arrays": encode(arrays, cache), "config": config})
+            said = unheard if k in lost else config
+            content = RecordDict({"arrays": encode(arrays, cache), "config": said})
             messages.append(Message(content, nodes[k], "train", group_id=str(round_)))
         return messages
 
     def fold_train(self, round_: int, state: Arrays, replies: Iterable[Message]) -> Folded:
         """Fuse the replies of participants, in ascending order of clients, into the next state.
 
+        A reply without arrays is a lost upload: no failure, and as nothing for the server; where
+        all are lost the state stays as it is.
+
         Raises:
             RunError: every participant failed.
         """
         client_of = {node: k for k, node in self._nodes.items()}
-        uploads, spent, records, failures = {}, {}, [], []
+        uploads, spent, failures = {}, {}, list[str]()
+        records = self._clock(round_)
         for reply in replies:
             k = client_of[reply.metadata.src_node_id]
             if reply.has_error():
                 failures.append(f"client {k}: {reply.error.reason}")
                 continue
-            arrays = decode(reply.content["arrays"])
-            uploads[k] = Upload(client=self.prepared.setting.clients[k], arrays=arrays)
             records += unpack(round_, k, reply.content["metrics"])
             spent[k] = spent_in(reply)
+            if "arrays" not in reply.content:
+                records.append(
+                    Record(round=round_, client=k, split="train", metric="lost", value=1.0)
+                )
+                continue
+            arrays = decode(reply.content["arrays"])
+            uploads[k] = Upload(client=self.prepared.setting.clients[k], arrays=arrays)
         # Under central noise a round without uploads is a release as any other: it must not show.
-        if failures and not uploads and not self.guard.plan.central:
+        if failures and not spent and not self.guard.plan.central:
             raise RunError(f"all participants of round {round_} failed; {failures[0]}")
         self.guard.charge(round_, spent)
         ordered, refused = self.guard.fold(round_, [uploads[k] for k in sorted(uploads)], state)
@@ -123,6 +131,13 @@ class FlowerStrategy(FlowerBase):
             )
             records += [Record(round=round_, metric=m, value=float(v)) for m, v in metrics.items()]
         return Folded(state, records + self.guard.records(round_), failures)
+
+    def _clock(self, round_: int) -> list[Record]:
+        """Return the simulated duration of a round, in median times of a round."""
+        clock = self.prepared.attendance.clock(round_)
+        if clock is None:
+            return []
+        return [Record(round=round_, split="simulated", metric="clock", value=clock)]
 
     def evaluate_messages(
         self, round_: int, state: Arrays, grid: Grid, last: bool = False

@@ -51,7 +51,10 @@ class Guard:
         clients: dict[int, list[Event]] = {}
         if self.plan.central:
             payload = self.payload(state, round_)
-            if payload:
+            if payload and self.plan.scheduled:
+                paid = [(self.level.worst(payload), 1.0, 1)]
+                clients = dict.fromkeys(self.prepared.attendance.scheduled(round_), paid)
+            elif payload:
                 events = [(self.level.worst(payload), self.plan.rate, 1)]
         else:
             clients = {k: self.plan.round_of(k) for k in cohort}
@@ -104,13 +107,28 @@ class Guard:
         if self.plan.rate < 1:
             # What an adaptive release came to bounds its cost only where nothing is amplified.
             paid = self.level.worst(payload)
-        self.ledger.spend(round_, paid, self.plan.rate)
+        if not self.plan.scheduled:
+            self.ledger.spend(round_, paid, self.plan.rate)
         members = tuple(u.client.id for u in uploads)
-        for k in members:
+        for k in self._payers(round_, members):
             self.ledger.spend_client(round_, k, [(released.multiplier, 1.0, 1)])
         model = self.prepared.setting.clients[0].model
         everybody = ClientInfo(id=FEDERATION, examples=1, model=model)
         return [Upload(client=everybody, arrays=released.arrays, members=members)], failures
+
+    def _payers(self, round_: int, members: Sequence[int]) -> Sequence[int]:
+        """Return the clients that a release is charged to, for who sees who takes part.
+
+        Those in the sum, and those whose upload was lost: that it was is not known to everybody.
+        Where the claim rests on turns all whose turn it was, there, failed or not; where who is
+        there follows from data everybody, since to stay away tells of it, too.
+        """
+        attendance = self.prepared.attendance
+        if self.plan.population.availability == "label":
+            return list(attendance.clients)
+        if self.plan.scheduled:
+            return attendance.scheduled(round_)
+        return sorted({*members, *attendance.lost(round_)})
 
     def _bounded(self, uploads: list[Upload], payload: Payload) -> tuple[list[Upload], list[str]]:
         """Return the uploads that can be made into vectors of bounded length, and the others."""
@@ -132,17 +150,10 @@ class Guard:
         """
         paid = {k: list(events) for k, events in spent.items()}
         if self.plan.options.unit == "example":
-            paid |= {k: self.plan.round_of(k) for k in self._cohort(round_) if k not in paid}
+            cohort = self.prepared.attendance.cohort(round_)
+            paid |= {k: self.plan.round_of(k) for k in cohort if k not in paid}
         for k in sorted(k for k, events in paid.items() if events):
             self.ledger.spend_client(round_, k, paid[k])
-
-    def _cohort(self, round_: int) -> Sequence[int]:
-        prepared = self.prepared
-        if prepared.strategy.pooled:
-            return prepared.cohort_of
-        experiment = prepared.experiment
-        draw = experiment.clients.participation.cohort
-        return draw(experiment.seed, round_, prepared.cohort_of)
 
     def records(self, round_: int) -> list[Record]:
         """Return epsilon after a round: that of the run, and of the clients' own ledgers."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from fedkd.clients.attendance import Attendance
 from fedkd.clients.dp_sgd import dp_problems, rate_of, steps_of
 from fedkd.config import Experiment
 from fedkd.engine.planting import canary_clients_fit
@@ -21,7 +22,9 @@ from fedkd.strategies.base import Setting, Strategy
 from fedkd.types import Arrays, ClientInfo
 
 
-def plan_for(experiment: Experiment, strategy: Strategy, setting: Setting) -> PrivacyPlan:
+def plan_for(
+    experiment: Experiment, strategy: Strategy, setting: Setting, attendance: Attendance
+) -> PrivacyPlan:
     """Return the privacy plan of a run.
 
     Raises:
@@ -37,7 +40,8 @@ def plan_for(experiment: Experiment, strategy: Strategy, setting: Setting) -> Pr
         found = _example_level(experiment, strategy, setting, payload)
     found += _votes(options, payload)
     canary_clients_fit(experiment, strategy, setting, payload)
-    facts = population(experiment, strategy, setting, payload)
+    facts = population(experiment, strategy, setting, payload, attendance)
+    found += _canary_turns(experiment, facts)
     if options.unit != "none":
         found += problems(options, facts)
     if found:
@@ -51,23 +55,28 @@ def plan_for(experiment: Experiment, strategy: Strategy, setting: Setting) -> Pr
 
 
 def population(
-    experiment: Experiment, strategy: Strategy, setting: Setting, payload: Payload
+    experiment: Experiment,
+    strategy: Strategy,
+    setting: Setting,
+    payload: Payload,
+    attendance: Attendance,
 ) -> Population:
     """Return the public facts that the cost of a mechanism follows from.
 
     Participation is drawn from the seed alone, so who takes part when is known before round 1 and
-    tells nothing of anybody's data.
+    tells nothing of anybody's data; where availability follows labels it does tell, and the plan
+    makes nothing of it.
     """
     training, participation = experiment.clients.training, experiment.clients.participation
-    ids = [c.id for c in setting.clients]
-    turns = dict.fromkeys(ids, experiment.rounds if strategy.pooled else 0)
+    privacy, turns = experiment.privacy, (0,) * len(setting.clients)
     rounds = list(range(1, experiment.rounds + 1))
-    if experiment.privacy.unit == "client":
+    if privacy.unit == "client":
         rounds = _releasing(strategy, setting, rounds)
-    if experiment.privacy.unit != "none" and not strategy.pooled:
-        for round_ in rounds:
-            for k in participation.cohort(experiment.seed, round_, ids):
-                turns[k] += 1
+    if strategy.pooled:
+        turns = (experiment.rounds,) * len(setting.clients)
+    elif privacy.unit != "none":
+        central = privacy.unit == "client" and privacy.trust == "central"
+        turns = attendance.turns(rounds, scheduled=central and participation.scheme == "cyclic")
     sizes = [c.examples for c in setting.clients]
     if strategy.pooled:
         # The pseudo-client trains on everybody's examples.
@@ -78,13 +87,28 @@ def population(
         ratio=participation.ratio,
         rounds=experiment.rounds,
         examples=tuple(sizes),
-        turns=tuple(turns[k] for k in ids),
+        turns=turns,
         fits=tuple(tuple((rate_of(f, n), steps_of(f, n)) for f in fits if n) for n in sizes),
         releases=len(rounds),
         tables=sum(isinstance(part, Table | Histogram) for part in payload),
         weights=any(isinstance(part, Weights) for part in payload),
         public=setting.public is not None,
+        availability="always" if strategy.pooled else participation.availability,
+        presence=attendance.presence(),
+        lossy=attendance.lossy,
+        deadline=attendance.lossy and participation.deadline is not None,
     )
+
+
+def _canary_turns(experiment: Experiment, facts: Population) -> list[str]:
+    """Refuse canary clients that would be there more often than the clients of the claim."""
+    if not (experiment.canaries.random_clients and facts.scheduled):
+        return []
+    return [
+        f"canaries.random_clients = {experiment.canaries.random_clients} with "
+        "clients.participation.scheme = 'cyclic': canary clients are in every round, for which no "
+        "client of a cyclic schedule pays; use scheme 'poisson', 'fixed' or 'full'"
+    ]
 
 
 def _payload(options: Privacy, strategy: Strategy, setting: Setting) -> Payload:

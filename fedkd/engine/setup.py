@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fedkd.clients.attendance import Attendance
+from fedkd.clients.availability import label_shares
 from fedkd.config import Component, Experiment
 from fedkd.data import manifest
 from fedkd.data.dataset import Dataset
@@ -17,6 +19,8 @@ from fedkd.data.public import foreign_pool, take_public
 from fedkd.data.registries import partitions, sources
 from fedkd.engine.planning import plan_for
 from fedkd.engine.planting import keep_back, planted
+from fedkd.engine.sinks.base import check as check_sinks
+from fedkd.engine.sinks.base import sinks
 from fedkd.engine.swinging import swing_plan, with_pool
 from fedkd.errors import ConfigError
 from fedkd.models.book import ModelBook
@@ -41,6 +45,7 @@ class Prepared:
     strategy: Strategy
     device: torch.device
     plan: PrivacyPlan
+    attendance: Attendance
     swing: SwingPlan | None = None
     canaries: CanarySet | None = None
 
@@ -51,9 +56,10 @@ class Prepared:
 
 
 def load_workspace(workspace: Path | None) -> None:
-    """Import the user's drop-in strategies; this executes the files in ``strategies/``."""
+    """Import the user's drop-ins; this executes the files in ``strategies/`` and ``sinks/``."""
     if workspace is not None:
         strategies.load_workspace(workspace)
+        sinks.load_workspace(workspace)
 
 
 def resolve(experiment: Experiment) -> Experiment:
@@ -187,6 +193,7 @@ def prepare(experiment: Experiment) -> Prepared:
         DataError: the data are missing or damaged.
     """
     experiment = resolve(experiment)
+    check_sinks(experiment.engine.sinks)
     strategy = make_strategy(experiment.strategy)
     device = pick_device(experiment.engine.device)
     federation, public, canaries = gather(experiment)
@@ -230,8 +237,35 @@ def prepare(experiment: Experiment) -> Prepared:
         ]
     if problems:
         raise ConfigError("\n".join(problems))
-    plan = plan_for(experiment, strategy, setting)
-    return Prepared(experiment, federation, setting, strategy, device, plan, swing, canaries)
+    attendance = attend(experiment, strategy, federation)
+    plan = plan_for(experiment, strategy, setting, attendance)
+    return Prepared(
+        experiment, federation, setting, strategy, device, plan, attendance, swing, canaries
+    )
+
+
+def attend(experiment: Experiment, strategy: Strategy, federation: Federation) -> Attendance:
+    """Return who takes part when; a pooled strategy is one pseudo-client that always does.
+
+    Raises:
+        ConfigError: options of a model of availability that is not used, or classes of a text.
+    """
+    participation = experiment.clients.participation
+    problems = participation.problems()
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if participation.availability == "label" and federation.task.sequence:
+        raise ConfigError(
+            "clients.participation.availability = 'label' follows the classes of clients' "
+            f"examples, and a row of text ({federation.task.name!r}) has none; use 'power-law'"
+        )
+    return Attendance(
+        participation,
+        experiment.seed,
+        tuple(federation.train_size(k) for k in range(federation.clients)),
+        None if federation.task.sequence else label_shares(federation.counts()),
+        strategy.pooled,
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,10 +8,17 @@ from fedkd.errors import ConfigError
 from fedkd.privacy.options import Privacy
 from fedkd.privacy.population import Population
 
+_BY_LABEL = (
+    "clients.participation.availability = 'label' with privacy {}: who takes part follows from the "
+    "classes of clients' examples, and the server {}, which no noise hides; set availability to "
+    "'power-law' or 'always', or use unit 'client' with trust 'central'"
+)
+
 
 def problems(options: Privacy, population: Population) -> list[str]:
     """Return what contradicts itself, or cannot be justified, in options for a federation."""
     found = _two_of_three(options)
+    found += _mean_noise(options)
     if options.secure_mode:
         found.append(
             "privacy.secure_mode = true needs the library torchcsprng, which is not maintained for "
@@ -37,15 +44,19 @@ def problems(options: Privacy, population: Population) -> list[str]:
 
 
 def _two_of_three(options: Privacy) -> list[str]:
-    given = {
-        "epsilon": options.epsilon,
-        "noise_multiplier": options.noise_multiplier,
-        "delta": options.delta,
-    }
+    noise, value = "noise_multiplier", options.noise_multiplier
+    if options.mean_noise is not None:
+        if options.noise_multiplier is not None:
+            return [
+                "privacy.noise_multiplier and privacy.mean_noise both say how much noise there is "
+                "(one is the other times the expected cohort); leave one out"
+            ]
+        noise, value = "mean_noise", options.mean_noise
+    given = {"epsilon": options.epsilon, noise: value, "delta": options.delta}
     names = [name for name, value in given.items() if value is not None]
     if len(names) == 3:
         return [
-            "privacy.epsilon, noise_multiplier and delta are all given, and each follows from the "
+            f"privacy.epsilon, {noise} and delta are all given, and each follows from the "
             "other two; leave one out"
         ]
     if len(names) < 2:
@@ -57,6 +68,25 @@ def _two_of_three(options: Privacy) -> list[str]:
     return []
 
 
+def _mean_noise(options: Privacy) -> list[str]:
+    """Refuse noise on a mean where there is none, or whose meaning would change with the cohort."""
+    if options.mean_noise is None:
+        return []
+    if options.unit != "client" or options.trust != "central":
+        there = f"unit {options.unit!r}" if options.unit != "client" else "trust 'local'"
+        return [
+            f"privacy.mean_noise with {there}: no server adds noise to a mean over clients there; "
+            "give privacy.noise_multiplier, or unit 'client' with trust 'central'"
+        ]
+    if options.clipping.mode == "adaptive" and options.clipping.count_noise is not None:
+        return [
+            "privacy.mean_noise with privacy.clipping.count_noise: noise of a fixed number of "
+            "clients takes another share of the budget in every cohort; leave count_noise out "
+            "(it is then the expected cohort / 20), or give privacy.noise_multiplier"
+        ]
+    return []
+
+
 def _client_problems(options: Privacy, population: Population) -> list[str]:
     found = []
     if options.trust == "local" and options.adjacency == "add-remove":
@@ -64,13 +94,23 @@ def _client_problems(options: Privacy, population: Population) -> list[str]:
             "privacy.adjacency = 'add-remove' with trust 'local': the server sees who sends, so "
             "presence is not hidden; use 'zero-out' or 'replace-one'"
         )
-    if options.trust == "central" and not population.everybody:
-        if population.scheme == "poisson" and options.adjacency == "replace-one":
+    by_label = population.availability == "label"
+    if options.trust == "local" and by_label:
+        found.append(_BY_LABEL.format("trust 'local'", "sees who sends"))
+    if options.trust == "central":
+        if population.amplified and options.adjacency == "replace-one":
             found.append(
                 "privacy.adjacency = 'replace-one' with Poisson participation: the amplification "
                 "is accounted for adding or removing one client; use 'add-remove'"
             )
-        if population.scheme != "poisson" and options.adjacency == "add-remove":
+        refilled = population.scheme == "fixed" and population.displaces and by_label
+        if refilled and options.adjacency == "zero-out":
+            found.append(
+                "privacy.adjacency = 'zero-out' with clients.participation.availability = 'label' "
+                "and scheme 'fixed': a client without data stays away, and another one takes its "
+                "place; use 'replace-one', or scheme 'poisson' or 'full'"
+            )
+        if population.displaces and options.adjacency == "add-remove":
             found.append(
                 f"clients.participation.scheme = {population.scheme!r} draws cohorts of a fixed "
                 "size, in which one client more or less displaces another; set it to 'poisson' "
@@ -89,6 +129,8 @@ def _client_problems(options: Privacy, population: Population) -> list[str]:
 
 def _example_problems(options: Privacy, population: Population) -> list[str]:
     release, found = options.release, list[str]()
+    if population.availability == "label":
+        found.append(_BY_LABEL.format("unit 'example'", "sees who takes part"))
     clipped = math.isfinite(options.dp_sgd.max_grad_norm)
     if not clipped and options.noise_multiplier != 0 and release.mode != "frozen-encoder":
         found.append(
@@ -133,6 +175,7 @@ def check_none(options: Privacy) -> None:
     asked = {
         "epsilon": options.epsilon,
         "noise_multiplier": options.noise_multiplier,
+        "mean_noise": options.mean_noise,
         "delta": options.delta,
         "max_epsilon": options.max_epsilon,
     }

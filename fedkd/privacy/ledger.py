@@ -22,7 +22,11 @@ UNITS = {"client": "for each client", "example": "for each training example of a
 
 @dataclass(frozen=True)
 class Claim:
-    """Everything that an epsilon has to be read with; ``sampling`` is text for people."""
+    """Everything that an epsilon has to be read with; ``sampling`` is text for people.
+
+    ``turns``: of releases by central noise each client pays only for those of its own turns, by a
+    public schedule; the epsilon is the largest over clients.
+    """
 
     unit: str
     trust: str
@@ -31,6 +35,11 @@ class Claim:
     delta: float
     accountant: str
     not_covered: tuple[str, ...] = ()
+    turns: bool = False
+
+    def table(self) -> dict[str, Any]:
+        """Return the claim as a table; ``turns`` only where it says something."""
+        return {k: v for k, v in asdict(self).items() if k != "turns" or v}
 
     def sentence(self, epsilon: float) -> str:
         """Say the guarantee in one sentence; epsilon is rounded up to three digits.
@@ -82,8 +91,9 @@ class PrivacyLedger:
     """Keeps what was spent under one claim, and what epsilon was after every round.
 
     Unit ``client`` with trust ``central``: the claim is about the global history; the histories of
-    clients are the same releases as an observer of participation has to count them. Otherwise the
-    claim is the largest epsilon over clients, and the global history counts for each of them.
+    clients are the same releases as an observer of participation has to count them. Otherwise, and
+    where clients pay by turns, the claim is the largest epsilon over clients, and the global
+    history counts for each of them.
     """
 
     def __init__(self, claim: Claim) -> None:
@@ -150,7 +160,7 @@ class PrivacyLedger:
         """Return everything as JSON that shares nothing with the ledger; infinity is ``"inf"``."""
         return {
             "version": VERSION,
-            "claim": _plain(asdict(self.claim)),
+            "claim": _plain(self.claim.table()),
             "history": _plain(self._history.events()),
             "clients": {str(k): _plain(h.events()) for k, h in sorted(self._clients.items())},
             "column": _plain(self.column()),
@@ -174,12 +184,12 @@ class PrivacyLedger:
             }
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"the privacy ledger cannot be read: {error!r}") from error
-        ours = _plain(asdict(self.claim))
-        for key in ("unit", "trust", "adjacency", "delta", "accountant"):
-            if theirs.get(key) != ours[key]:
+        ours = _plain(self.claim.table())
+        for key in ("unit", "trust", "adjacency", "delta", "accountant", "turns"):
+            if theirs.get(key) != ours.get(key):
                 raise CheckpointError(
                     f"the privacy ledger was kept for {key} = {theirs.get(key)!r}, this run says "
-                    f"{ours[key]!r}: resume with the options it was started with"
+                    f"{ours.get(key)!r}: resume with the options it was started with"
                 )
         self._history, self._clients, self._column = history, clients, column
         self._round, self._stale = max(column, default=0), False
@@ -193,7 +203,7 @@ class PrivacyLedger:
         claimed = self.epsilon()
         whole = self._cost(self._history) if self._history else None
         made = {
-            "claim": asdict(self.claim),
+            "claim": self.claim.table(),
             "sentence": self.claim.sentence(claimed),
             "epsilon": claimed if self.claim.unit in UNITS else None,
             "global": {"history": self._history.events(), "epsilon": whole},
@@ -238,7 +248,8 @@ class PrivacyLedger:
         return found
 
     def _central(self) -> bool:
-        return self.claim.unit == "client" and self.claim.trust == "central"
+        claim = self.claim
+        return claim.unit == "client" and claim.trust == "central" and not claim.turns
 
 
 def _plain(value: Any) -> Any:

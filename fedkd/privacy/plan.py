@@ -54,6 +54,11 @@ class PrivacyPlan:
         return self.options.unit == "client" and self.options.trust == "central"
 
     @property
+    def scheduled(self) -> bool:
+        """Whether each client pays only for the releases of rounds in which its turn comes."""
+        return self.central and self.population.scheduled
+
+    @property
     def local(self) -> bool:
         """Whether each client noises its own upload."""
         return self.options.unit == "client" and self.options.trust == "local"
@@ -71,6 +76,13 @@ class PrivacyPlan:
     def accounted(self, noise_multiplier: float) -> float:
         """Return the noise multiplier in units of the sensitivity under this plan's adjacency."""
         return effective(noise_multiplier, self.options.adjacency)
+
+    @property
+    def given_noise(self) -> float | None:
+        """The noise multiplier that the options give; none where it follows from epsilon."""
+        if self.options.mean_noise is None:
+            return self.options.noise_multiplier
+        return self.options.mean_noise * self.expected()
 
     def round_of(self, client: int) -> list[Event]:
         """Return what one round will cost a client that takes part in it, before it is played."""
@@ -92,12 +104,7 @@ class PrivacyPlan:
 
     def expected(self) -> float:
         """Return the expected cohort: the public divisor of every sum over clients."""
-        population = self.population
-        if population.everybody:
-            return float(population.clients)
-        if population.scheme == "poisson":
-            return population.ratio * population.clients
-        return float(max(1, round(population.ratio * population.clients)))
+        return self.population.expected
 
     def claim(self) -> Claim:
         """Return what is printed with every epsilon."""
@@ -109,7 +116,13 @@ class PrivacyPlan:
             sampling=sampling(options, self.population),
             delta=self.delta,
             accountant=options.accountant,
-            not_covered=uncovered(options, self.population.public),
+            not_covered=uncovered(
+                options,
+                self.population.public,
+                by_label=self.population.availability == "label",
+                deadline=self.population.deadline,
+            ),
+            turns=self.scheduled,
         )
 
 
@@ -120,19 +133,39 @@ def sampling(options: Privacy, population: Population) -> str:
             return "no subsampling, releases of whole tables"
         said = "Poisson sampling of a client's examples at batch_size / examples in every step"
         return said + (", none in releases of class sums" if population.tables else "")
-    if options.trust == "central" and not population.everybody and population.scheme == "poisson":
-        return f"Poisson sampling of clients at rate {population.ratio:g}"
+    said = _participation(options, population)
+    return said + ("; lost uploads count as sent" if population.lossy else "")
+
+
+def _participation(options: Privacy, population: Population) -> str:
+    if options.trust == "central" and population.amplified:
+        said = f"Poisson sampling of clients at rate {population.ratio:g}"
+        if population.availability == "always":
+            return said
+        return said + ", an upper bound: being away is independent of data, and not claimed"
     if population.everybody:
         return "every client in every round, no amplification"
-    return f"{population.scheme} cohorts, no amplification claimed"
+    if options.trust == "central" and population.scheduled:
+        return (
+            "cyclic cohorts by a public schedule, no amplification claimed: each client pays for "
+            "the rounds of its own turns, the largest number is claimed"
+        )
+    said = f"{population.scheme} cohorts, no amplification claimed"
+    if population.availability == "always":
+        return said
+    if population.availability == "label":
+        return said + ": who is there follows from data, and every client pays for every round"
+    return said + "; being away is independent of data, and not claimed"
 
 
 def make_plan(options: Privacy, population: Population) -> PrivacyPlan:
     """Return the plan of a run.
 
     At client level a round is one Gaussian release with multiplier z on the sum of the cohort's
-    clipped contributions, at sampling rate q under Poisson participation. At example level each
-    client's z is calibrated for its own sampling rate and number of rounds.
+    clipped contributions, at sampling rate q under Poisson participation. Under cyclic
+    participation the releases of other clients' turns do not depend on a client, so the epsilon of
+    a run is that of the client with most turns. At example level each client's z is calibrated for
+    its own sampling rate and number of rounds.
 
     Raises:
         ConfigError: the options contradict each other or the federation, or cannot be justified.
@@ -146,17 +179,15 @@ def make_plan(options: Privacy, population: Population) -> PrivacyPlan:
     if options.delta is not None:
         check_delta(options, population, options.delta)
     rate = 1.0
-    if options.unit == "client" and options.trust == "central" and population.scheme == "poisson":
-        rate = 1.0 if population.everybody else population.ratio
+    if options.unit == "client" and options.trust == "central" and population.amplified:
+        rate = population.ratio
     draft = PrivacyPlan(options, population, (0.0,) * population.clients, 0.0, rate)
     delta = options.delta
-    if options.epsilon is not None and options.noise_multiplier is not None:
-        delta = _delta(draft, options.epsilon, options.noise_multiplier)
+    given = draft.given_noise
+    if options.epsilon is not None and given is not None:
+        delta = _delta(draft, options.epsilon, given)
     assert delta is not None
-    if options.noise_multiplier is not None:
-        noise = (options.noise_multiplier,) * population.clients
-    else:
-        noise = _calibrated(draft, delta)
+    noise = _calibrated(draft, delta) if given is None else (given,) * population.clients
     plan = PrivacyPlan(options, population, noise, delta, rate)
     check_delta(options, population, delta)
     _check_budget(plan)
@@ -167,7 +198,7 @@ def planned(plan: PrivacyPlan, client: int, noise: float) -> History:
     """Return what all planned rounds cost a client at a noise multiplier."""
     turns = plan.population.turns[client]
     if plan.central:
-        releases = plan.population.releases
+        releases = turns if plan.scheduled else plan.population.releases
         rounds = plan.population.rounds if releases is None else releases
         return History([(plan.accounted(noise), plan.rate, rounds)] if rounds else [])
     if plan.local:
@@ -182,10 +213,10 @@ def _calibrated(plan: PrivacyPlan, delta: float) -> tuple[float, ...]:
     clients = range(plan.population.clients)
     known: dict[object, float] = {}
     noise = []
-    for k in [0] if plan.central else clients:
+    for k in [0] if plan.central and not plan.scheduled else clients:
         # Clients with as many examples and turns need the same noise: calibrated once.
         address = (plan.population.turns[k], plan.population.fits[k])
-        if not plan.central and not planned(plan, k, 1.0):
+        if (plan.scheduled or not plan.central) and not planned(plan, k, 1.0):
             known[address] = 0.0  # Takes no part, or releases nothing that rests on this noise.
         if address not in known:
             known[address] = _noise(target, delta, partial(planned, plan, k), accountant)
@@ -217,7 +248,8 @@ def _noise(
 
 
 def _delta(plan: PrivacyPlan, epsilon: float, noise: float) -> float:
-    clients = [0] if plan.central else range(plan.population.clients)
+    one = plan.central and not plan.scheduled
+    clients = [0] if one else range(plan.population.clients)
     histories = {str(h.events()): h for h in (planned(plan, k, noise) for k in clients)}
     return max(delta_of(h, epsilon, plan.options.accountant) for h in histories.values())
 
@@ -236,7 +268,7 @@ def _check_budget(plan: PrivacyPlan) -> None:
             f"privacy.max_epsilon = {budget:g} does not pay for one round, which costs "
             f"{max(costs.values()):.3g}; raise it, or "
             + (
-                "privacy.noise_multiplier"
+                f"privacy.{'noise_multiplier' if plan.options.mean_noise is None else 'mean_noise'}"
                 if plan.options.epsilon is None
                 else "set a lower privacy.epsilon, which takes more noise"
             )

@@ -17,8 +17,13 @@ ALWAYS = (
 )
 
 
-def uncovered(options: Privacy, public: bool) -> tuple[str, ...]:
-    """Return what the mechanism of ``options`` leaves open; ``public``: there is a public pool."""
+def uncovered(
+    options: Privacy, public: bool, *, by_label: bool = False, deadline: bool = False
+) -> tuple[str, ...]:
+    """Return what the mechanism of ``options`` leaves open; ``public``: there is a public pool.
+
+    ``by_label``: who is there follows from clients' data; ``deadline``: late uploads are lost.
+    """
     if options.unit == "none":
         return ()
     found: list[str] = []
@@ -49,6 +54,16 @@ def uncovered(options: Privacy, public: bool) -> tuple[str, ...]:
         if options.release.mode == "frozen-encoder":
             found.append("clients' own heads: trained without noise and never sent")
         found.append("examples held by several clients: the units are a client's examples")
+    if by_label:
+        found.append(
+            "who takes part, which follows from the classes of clients' data: to whoever sees it, "
+            "it tells of them"
+        )
+    if deadline:
+        found.append(
+            "the deadline and who misses it: they follow from how many training examples each "
+            "client has, treated as public"
+        )
     if public:
         found.append("the public pool: treated as public, wherever it was taken from")
     if options.swing.map != "off":
