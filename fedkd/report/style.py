@@ -12,8 +12,11 @@ from typing import Any
 
 COLOURS = (*("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),)
 DASHES = ("-", "--", "-.", ":")
-WIDTH = 4.2
-"""Inches."""
+MARKERS = (*"osD^vP*X<>hp",)
+WIDTH, WIDE = 4.2, 7.0
+"""Inches: one column of a paper, and two."""
+INK, GRID, BLACK = "#010000", "#dddddd", "#000001"
+"""Text and axes; grid; the palette's black. Seen as black, told apart where themes replace them."""
 RULES = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -44,6 +47,18 @@ def colour(index: int) -> dict[str, str]:
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
     }
+
+
+def series(index: int) -> dict[str, str]:
+    """Return colour, line style and marker of the series with this number; the first 84 differ.
+
+    >>> series(0)["marker"] == series(7)["marker"], series(6)["color"] == BLACK
+    (False, True)
+    """
+    look = colour(index)
+    if look["color"] == "#000000":
+        look["color"] = BLACK
+    return {**look, "marker": MARKERS[index % len(MARKERS)]}
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Charts of many runs, one idea a module: each takes a canvas and yields the figures it drew."""
