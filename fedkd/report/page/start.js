@@ -1,0 +1,5 @@
+theme();
+start(document.querySelector('main'));
+unfold();
+window.addEventListener('hashchange', unfold);
+if (page.live) page.live();
