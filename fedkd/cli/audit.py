@@ -8,6 +8,7 @@ from typing import Any
 
 from fedkd.audit.run import audit_run
 from fedkd.audit.study import audit_study
+from fedkd.axes import named
 from fedkd.cli import INTERRUPTED, complain
 from fedkd.cli.places import RUNS, read
 from fedkd.cli.progress import Tracker
@@ -17,6 +18,7 @@ from fedkd.config import Experiment, experiment, override, parse
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.privacy.auditing.options import Audit
 from fedkd.report.runs import RUN, STUDY, stored
+from fedkd.sweep.plan import INDEX, read_index
 
 
 class AuditTracker(Tracker):
@@ -81,10 +83,9 @@ def _folders(
         raise ConfigError(f"{folders[0]} and {folders[1]}: give one folder")
     (folder,) = folders
     runs = _runs(folder)
-    known = {made.digest(): run for run, made in runs.items()}
+    known = {made.digest(): run for run, (_, made) in runs.items()}
     results, failed = [], []
-    for run, made in runs.items():
-        label = made.strategy.name if run == folder else str(run.relative_to(folder).parts[0])
+    for run, (label, made) in runs.items():
         asked = _overridden(made, overrides)
         tracker.doing(f"audit of {run}")
         try:
@@ -97,17 +98,28 @@ def _folders(
     return out or folder, results, failed
 
 
-def _runs(folder: Path) -> dict[Path, Experiment]:
-    """Return the runs in a folder, with their experiments."""
+def _runs(folder: Path) -> dict[Path, tuple[str, Experiment]]:
+    """Return the runs in a folder, with their labels and experiments."""
     if (folder / RUN).is_file():
-        return {folder: stored(folder)}
+        made = stored(folder)
+        return {folder: (made.strategy.name, made)}
+    if (folder / INDEX).is_file():
+        runs = {folder / run["folder"]: _at(run) for run in read_index(folder)["runs"]}
+        begun = {run: at for run, at in runs.items() if (run / RUN).is_file()}
+        return {run: (at, stored(run)) for run, at in begun.items()}
     found = sorted(folder.glob(f"*/seed-*/{RUN}")) if (folder / STUDY).is_file() else []
     if not found:
         raise ConfigError(
-            f"{folder} holds no run to audit; name the folder of a run or of a comparison, or an "
-            "experiment file"
+            f"{folder} holds no run to audit; name the folder of a run, of a comparison or of a "
+            "sweep, or an experiment file"
         )
-    return {file.parent: stored(file.parent) for file in found}
+    return {f.parent: (f.parent.parent.name, stored(f.parent)) for f in found}
+
+
+def _at(run: dict[str, Any]) -> str:
+    """Return the label of a run of a sweep, with its point."""
+    at = (f"{key.rsplit('.', 1)[-1]}={named(value)}" for key, value in run["point"].items())
+    return ", ".join([str(run["label"]), *at])
 
 
 def _overridden(made: Experiment, overrides: Sequence[str]) -> Audit:
