@@ -29,6 +29,7 @@ from fedkd.engine.ledger import Direction, Ledger
 from fedkd.engine.planting import write_canaries
 from fedkd.engine.setup import Prepared, prepare, resolve
 from fedkd.engine.simulate import in_process
+from fedkd.engine.sinks.fanout import Sinks
 from fedkd.errors import ConfigError
 from fedkd.metrics.log import Log
 from fedkd.metrics.summary import summarise
@@ -64,6 +65,7 @@ class Run:
             costs=self._cost,
         )
         self.checkpoint = Checkpoint(folder.path / "checkpoint", self.experiment.digest())
+        self.sinks = Sinks(self.experiment, folder)
         self.state: Arrays = {}
         self.stopped = ""
         self._changed: set[int] = set()
@@ -76,6 +78,7 @@ class Run:
         if self.prepared.canaries is not None:
             write_canaries(self.prepared.canaries, self.folder.path)
         self.state = self.strategy.initial()
+        self.sinks.start(0)
         self._write(self._sizes())
         self.folder.event(f"started {self.experiment.name}: digest {self.experiment.digest()}")
         return 0
@@ -98,6 +101,7 @@ class Run:
         self.strategy.guard.load_state_dict(loaded.extra["privacy"])
         self.log.add(self.folder.rewind(int(loaded.extra["metrics_bytes"])))
         self.folder.event(f"resumed after round {loaded.round}")
+        self.sinks.start(loaded.round + 1)
         return loaded.round
 
     def play(self, round_: int) -> list[str]:
@@ -159,6 +163,7 @@ class Run:
             summary["stopped"] = self.stopped
         self._write_privacy()
         self.folder.write_summary(summary)
+        self.sinks.finish(summary)
         self.folder.event("finished")
         return summary
 
@@ -219,6 +224,7 @@ class Run:
     def _write(self, records: list[Record]) -> None:
         self.folder.append(records)
         self.log.add(records)
+        self.sinks.write(records)
 
     def _write_privacy(self) -> None:
         guard = self.strategy.guard
@@ -270,14 +276,17 @@ def run(
     if finished is not None:
         return finished
     current = Run(prepared or prepare(experiment), folder)
-    with in_process():
-        done = current.restore() if resume else current.begin()
-        if watcher is not None:
-            watcher.started(experiment, done + 1)
-        for round_ in range(done + 1, experiment.rounds + 1):
-            if current.exhausted(round_):
-                break
-            failures = current.play(round_)
+    try:
+        with in_process():
+            done = current.restore() if resume else current.begin()
             if watcher is not None:
-                watcher.finished_round(round_, current.log, failures)
-    return current.finish()
+                watcher.started(experiment, done + 1)
+            for round_ in range(done + 1, experiment.rounds + 1):
+                if current.exhausted(round_):
+                    break
+                failures = current.play(round_)
+                if watcher is not None:
+                    watcher.finished_round(round_, current.log, failures)
+        return current.finish()
+    finally:
+        current.sinks.finish(None)

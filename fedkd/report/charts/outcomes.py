@@ -25,6 +25,13 @@ def accuracy(canvas: Canvas) -> Iterator[Drawn]:
             name="accuracy", title="Accuracy", y=canvas.accuracy, of=measures.user_accuracy,
             low=-1, high=101, caption=f"{canvas.judged()} {canvas.last()}",
         ))  # fmt: skip
+        if canvas.text:
+            yield from against(canvas, axis, Measure(
+                name="bits", title="Bits per character", y="bits per character", scale=1, low=0,
+                of=measures.bits_per_character,
+                caption="Mean over clients, on their own test data; lower is better. "
+                f"{canvas.last()}",
+            ))  # fmt: skip
 
 
 def fairness(canvas: Canvas) -> Iterator[Drawn]:
@@ -97,7 +104,8 @@ def _difference(canvas: Canvas, axis: str, reference: str) -> Iterator[Drawn]:
         of=difference, y="difference in points", zero=f"as {plain(reference)}",
         section="differences",
         caption=f"Accuracy above that of {reference} with the same seeds and data, in percentage "
-        f"points. {canvas.last()} A bar without 0 is hardly chance, but many are looked at here.",
+        f"points. {canvas.last()} With few seeds these bars are too narrow where seeds differ: the "
+        "table has Student's t over seeds beside them, and many differences are looked at here.",
     ))  # fmt: skip
 
 
