@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedkd.axes import Sweep
 from fedkd.cli.screen import grid, screen
 from fedkd.config import Component, Experiment, override, parse
 from fedkd.errors import ConfigError, nearest, unknown
@@ -28,10 +29,23 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PRESETS = {"clients": "clients", "privacy": "privacy", "strategy presets": "strategy"}
-TABLES: dict[str, type] = {"privacy": Privacy, "canaries": Canaries, "audit": Audit}
+TABLES: dict[str, type] = {
+    "privacy": Privacy,
+    "canaries": Canaries,
+    "audit": Audit,
+    "sweep": Sweep,
+}
 """Tables of an experiment file that have a page of their own."""
 CONFIG = ("experiment", "config", *TABLES)
-DICTS = {"audit.students": ("NAME", Student), "compare": ("LABEL", None)}
+DICTS = {
+    "audit.students": ("NAME", Student),
+    "compare": ("LABEL", None),
+    "sweep.grid": ("KEY", None),
+    "sweep.zip": ("KEY", None),
+    "sweep.tune.at": ("KEY", None),
+    "sweep.tune.space": ("KEY", None),
+    "sweep.tune.labels": ("LABEL", None),
+}
 """Tables whose keys the user names, with the class of what stands below each."""
 LIST_WIDTH = 200
 
@@ -55,6 +69,7 @@ def registries(workspace: Path) -> dict[str, Registry[Any]]:
     from fedkd.distill.objectives.base import objectives
     from fedkd.engine.registries import executors
     from fedkd.engine.setup import load_workspace
+    from fedkd.engine.sinks.base import sinks
     from fedkd.models.registries import models
     from fedkd.privacy.scorers.base import scorers
     from fedkd.strategies.base import strategies
@@ -70,6 +85,7 @@ def registries(workspace: Path) -> dict[str, Registry[Any]]:
         "fusions": fusions,
         "scorers": scorers,
         "executors": executors,
+        "sinks": sinks,
     }
 
 
@@ -192,6 +208,7 @@ def _use(kind: str, name: str, cls: type, docs: Sequence[OptionDoc]) -> str:
         "partitions": "data.partition",
         "models": "model",
         "executors": "engine.executor",
+        "sinks": "engine.sinks",
         "scorers": "privacy.swing.scorer",
     }.get(kind)
     if key is None:
