@@ -24,9 +24,12 @@ from fedkd.data.registries import partitions, sources
 from fedkd.engine.executors import cores, make_executor
 from fedkd.engine.registries import executors
 from fedkd.engine.setup import load_workspace, make_strategy, pick_device, prepare
+from fedkd.engine.sinks.base import check as check_sinks
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.models.registries import models
 from fedkd.options import build
+from fedkd.sweep.plan import labels_of, plan
+from fedkd.sweep.run import curves
 from fedkd.versions import versions
 
 LOW_SPACE = 1e9
@@ -95,7 +98,7 @@ def problems(
     """
     try:
         experiment, found = _read(arguments, workspace)
-        cells = {cell.label: cell.experiment for cell in experiment.cells(workspace)}
+        cells = _cells(experiment, workspace)
     except FedkdError as error:
         return [str(error)], {}
     reasons: dict[str, list[str]] = {}
@@ -110,6 +113,18 @@ def problems(
         everywhere = len(labels) == len(cells)
         found.append(reason if everywhere else f"in {', '.join(map(repr, labels))}: {reason}")
     return found, plans
+
+
+def _cells(experiment: Experiment, workspace: Path) -> dict[str, Experiment]:
+    """Return what is run, one of each label, and at each point of a sweep."""
+    if not experiment.sweep.axes() and experiment.sweep.privacy_at is None:
+        return {cell.label: cell.experiment for cell in experiment.cells(workspace)}
+    labels = curves(experiment, labels_of(experiment))
+    runs = plan(experiment, Path(), variants=labels, workspace=workspace)
+    cells: dict[str, Experiment] = {}
+    for run in runs:
+        cells.setdefault(run.place, run.experiment)
+    return cells
 
 
 def _read(arguments: Sequence[str], workspace: Path) -> tuple[Experiment, list[str]]:
@@ -147,6 +162,7 @@ def _of(config: Experiment, seeds: Sequence[int]) -> tuple[list[str], list[Findi
         ),
         lambda: pick_device(engine.device),
         lambda: make_executor(engine.executor, engine.workers or None),
+        lambda: check_sinks(engine.sinks),
     ]
     plans: list[Findings] = []
 

@@ -73,7 +73,9 @@ def last_paid_round(prepared: Prepared) -> int:
         return rounds
     z = plan.accounted(plan.noise_multiplier)
     if plan.central and not plan.scheduled:
-        return _most(lambda n: _epsilon(plan, History([(z, plan.rate, n)])) <= budget, rounds)
+        releases = rounds if plan.population.releases is None else plan.population.releases
+        paid = _most(lambda n: _epsilon(plan, History([(z, plan.rate, n)])) <= budget, rounds)
+        return rounds if paid >= releases else paid
     affordable, turns = {}, dict.fromkeys(range(plan.population.clients), 0)
     for k in _kinds(plan):
         events = [(z, 1.0, 1)] if plan.scheduled else plan.round_of(k)
@@ -87,7 +89,10 @@ def last_paid_round(prepared: Prepared) -> int:
     for round_ in range(1, rounds + 1):
         for k in attendance.scheduled(round_) if plan.scheduled else attendance.cohort(round_):
             turns[k] += 1
-            if turns[k] > affordable[_kind(plan, k)]:
+            most = affordable[_kind(plan, k)]
+            if plan.scheduled and plan.population.turns[k] <= most:
+                continue  # Rounds in which nothing is released are free.
+            if turns[k] > most:
                 return round_ - 1
     return rounds
 
@@ -164,4 +169,13 @@ def _advice(plan: PrivacyPlan) -> Iterator[tuple[str, str]]:
             f"{len(_kinds(plan))} kinds of clients have accounts of their own, which the prv "
             "accountant takes seconds each for; privacy.accountant = 'rdp' is quick and reports "
             "a somewhat larger epsilon",
+        )
+    fewer = plan.population.lossy or plan.population.availability == "label"
+    clipping = options.clipping
+    if plan.central and fewer and clipping.mode == "adaptive" and clipping.quantile != 0.5:
+        yield (
+            "advice",
+            "uploads that do not come count as half unclipped in the count of adaptive clipping; "
+            f"with many of them privacy.clipping.quantile = {clipping.quantile:g} is out of reach "
+            "and the norm grows or shrinks without end; set it to 0.5, or use mode = 'flat'",
         )

@@ -63,7 +63,8 @@ class Participation:
         Fraction, Field(description="probability that an upload is lost after the local work")
     ] = 0.0
     slowness: Annotated[
-        NonNegative, Field(description="sigma of the clients' lognormal slowness; 0: all alike")
+        NonNegative,
+        Field(le=20, description="sigma of the clients' lognormal slowness; 0: all alike"),
     ] = 0.0
     deadline: Annotated[
         Positive | None,

@@ -104,11 +104,13 @@ def _client_problems(options: Privacy, population: Population) -> list[str]:
                 "is accounted for adding or removing one client; use 'add-remove'"
             )
         refilled = population.scheme == "fixed" and population.displaces and by_label
-        if refilled and options.adjacency == "zero-out":
+        if refilled and options.adjacency != "add-remove":
+            # Not even at twice the noise: the other one remembers, and sends something else later.
             found.append(
-                "privacy.adjacency = 'zero-out' with clients.participation.availability = 'label' "
-                "and scheme 'fixed': a client without data stays away, and another one takes its "
-                "place; use 'replace-one', or scheme 'poisson' or 'full'"
+                "clients.participation.availability = 'label' with scheme 'fixed': a client stays "
+                "away because of its data, another one takes its place, and what that one keeps "
+                "and sends from then on tells of it, which noise for one client does not hide; "
+                "use scheme 'poisson', 'cyclic' or 'full'"
             )
         if population.displaces and options.adjacency == "add-remove":
             found.append(

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fedkd.config import Experiment
+from fedkd.engine.setup import resolve
 from fedkd.errors import ConfigError
 from fedkd.report.curves import Curves
 from fedkd.report.folders import Entry, Found, read_folder
@@ -21,6 +22,8 @@ from fedkd.report.runs import RunView
 
 Value = str | int | float | bool
 RATIO = "clients.participation.ratio"
+STATES = ("finished", "running", "failed", "waiting")
+"""How far a run is, the furthest first."""
 TITLES = {
     RATIO: "participation ratio",
     "clients.participation.scheme": "participation scheme",
@@ -149,19 +152,19 @@ def collect(
         raise ConfigError("name at least one folder of a run, a comparison or a sweep")
     found = [read_folder(Path(folder), workspace, partial) for folder in folders]
     keys = _axes(found)
-    labels = _labels(found)
-    groups: dict[tuple[str, str], Group] = {}
-    seen: set[tuple[str, str, int]] = set()
+    labels = _labels(found, keys)
+    groups: dict[tuple[Any, ...], Group] = {}
+    chosen: dict[tuple[Any, ...], dict[int, Entry]] = {}
     for index, holding in enumerate(found):
         for entry in holding.entries:
             label = labels[index, entry.label]
             point = {key: _at(entry, key) for key in keys}
-            address = (label, json.dumps(point, sort_keys=True))
-            group = groups.setdefault(address, Group(label, point))
-            if (*address, entry.seed) in seen:
-                # The same run in two folders counts once.
-                continue
-            seen.add((*address, entry.seed))
+            address = (label, *map(_key, point.values()))
+            groups.setdefault(address, Group(label, point))
+            seeds = chosen.setdefault(address, {})
+            seeds[entry.seed] = _better(seeds.get(entry.seed), entry)
+    for address, group in groups.items():
+        for entry in chosen[address].values():
             _put(group, entry)
     axes = {key: _ascending([g.point[key] for g in groups.values()]) for key in keys}
     order = list(dict.fromkeys(labels.values()))
@@ -187,15 +190,49 @@ def _put(group: Group, entry: Entry) -> None:
         )
 
 
+def _better(before: Entry | None, entry: Entry) -> Entry:
+    """Return one of two entries of the same run, that which is further.
+
+    Raises:
+        ConfigError: they are not the same run.
+    """
+    if before is None or before.folder == entry.folder:
+        return entry if before is None else before
+    if before.experiment.digest() != entry.experiment.digest():
+        one, two = flat(before.experiment), flat(entry.experiment)
+        keys = [key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
+        raise ConfigError(
+            f"{before.folder} and {entry.folder} are both {entry.label!r} with seed {entry.seed} at "
+            f"the same point, but differ in {', '.join(keys) or 'their data'}; give one of them "
+            "another label, or report them one by one"
+        )
+    return min(before, entry, key=lambda e: STATES.index(e.state))
+
+
 def _axes(found: Sequence[Found]) -> list[str]:
     """Return the keys that vary: what a sweep names, and what folders differ in."""
     keys = list(dict.fromkeys(key for holding in found for key in holding.axes))
-    tables = [flat(holding.experiment) for holding in found]
+    if len(found) == 1:
+        return keys
+    # Runs have the options of their components written out, files of sweeps have not.
+    tables = [flat(resolve(holding.experiment)) for holding in found]
     for key in dict.fromkeys(key for table in tables for key in table):
         values = {json.dumps(table.get(key)) for table in tables}
-        if len(values) > 1 and key not in keys and not key.startswith(("strategy.", "seed")):
-            keys.append(key)
+        if len(values) > 1 and not _covered(key, [*keys, "strategy", "seed"]):
+            entries = (entry for holding in found for entry in holding.entries)
+            if len({_key(_at(entry, key)) for entry in entries}) > 1:
+                keys.append(key)
     return keys
+
+
+def _covered(key: str, others: Sequence[str]) -> bool:
+    """Return whether a key is one of others, or in a table that one of them is."""
+    return any(f"{key}.".startswith(f"{other}.") for other in others)
+
+
+def _key(value: Value) -> tuple[bool, Value]:
+    # 1 and 1.0 are one point, 1 and true are not.
+    return isinstance(value, bool), value
 
 
 def flat(experiment: Experiment) -> dict[str, Any]:
@@ -221,23 +258,40 @@ def _at(entry: Entry, key: str) -> Value:
     if key in entry.point:
         value = entry.point[key]
         return value if isinstance(value, str | int | float | bool) else json.dumps(value)
-    value = flat(entry.experiment).get(key, "none")
-    return value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    held = flat(entry.experiment)
+    inner = {k.removeprefix(f"{key}."): v for k, v in held.items() if k.startswith(f"{key}.")}
+    if inner:
+        return str(inner["name"]) if "name" in inner else json.dumps(inner)
+    return cast(Value, held.get(key, "none"))
 
 
-def _labels(found: Sequence[Found]) -> dict[tuple[int, str], str]:
-    """Return labels; one that stands for different strategies in two folders is told apart."""
-    meant: dict[str, dict[str, None]] = {}
-    for holding in found:
-        for label, what in holding.meanings.items():
-            meant.setdefault(label, {})[what] = None
-    labels = {}
+def _labels(found: Sequence[Found], keys: Sequence[str]) -> dict[tuple[int, str], str]:
+    """Return labels; one that stands for different things in two folders is told apart.
+
+    What it stands for is everything that its runs were made with, apart from axes and seeds.
+    """
+    meant: dict[str, list[str]] = {}
+    labels: dict[tuple[int, str], str] = {}
     for index, holding in enumerate(found):
-        for label, what in holding.meanings.items():
-            several = len(meant[label]) > 1
-            number = list(meant[label]).index(what)
-            labels[index, label] = f"{label} ({holding.name})" if several and number else label
+        for entry in holding.entries:
+            if (index, entry.label) in labels:
+                continue
+            what = _meaning(entry, keys) if len(found) > 1 else ""
+            known = meant.setdefault(entry.label, [])
+            if what not in known:
+                known.append(what)
+            number = known.index(what)
+            # Two folders may have the same name.
+            more = f" {number + 1}" if number > 1 else ""
+            own = f"{entry.label} ({holding.name}{more})" if number else entry.label
+            labels[index, entry.label] = own
     return labels
+
+
+def _meaning(entry: Entry, keys: Sequence[str]) -> str:
+    table = flat(entry.experiment)
+    kept = {key: value for key, value in table.items() if not _covered(key, [*keys, "seed"])}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _ascending(values: Sequence[Value]) -> tuple[Value, ...]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from fedkd.axes import STRATEGY, Table
-from fedkd.config import Component, Experiment
-from fedkd.engine.folder import RunFolder, read_records
+from fedkd.axes import Sweep, Table
+from fedkd.config import Experiment
+from fedkd.engine.folder import RunFolder
+from fedkd.engine.setup import resolve
 from fedkd.errors import ConfigError
 from fedkd.metrics.log import Log
 from fedkd.metrics.summary import summarise
 from fedkd.report import runs as single
 from fedkd.sweep.failed import reason_of
+from fedkd.sweep.finished import summary_of
 from fedkd.sweep.lock import held
-from fedkd.sweep.plan import CONFIG, INDEX, read_index
+from fedkd.sweep.plan import CONFIG, INDEX, labels_of, read_index
 from fedkd.sweep.tuning import read_tuning
 
 State = Literal["finished", "failed", "running", "waiting"]
@@ -38,24 +39,30 @@ class Entry:
     summary: dict[str, Any] | None = None
     reason: str = ""
     rounds_done: int = 0
-    digest: str = ""
+    base: Experiment | None = None
 
     @cached_property
     def experiment(self) -> Experiment:
-        """The run's own resolved configuration."""
-        return single.stored(self.folder)
+        """The run's own resolved configuration; before it has begun, what it follows from."""
+        if self.base is None or RunFolder(self.folder).exists():
+            return single.stored(self.folder)
+        labels = labels_of(self.base)
+        # Of three privacy curves, "LABEL, CURVE", the label's own.
+        changes = labels.get(self.label) or labels.get(self.label.rpartition(", ")[0]) or {}
+        alone = replace(self.base, compare={}, seeds=(), sweep=Sweep(), seed=self.seed)
+        [cell] = alone.cells(None, {self.label: {**changes, **self.point}})
+        return resolve(cell.experiment)
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The runs of one folder; ``meanings`` says what each label stands for, as text."""
+    """The runs of one folder; ``axes`` are the keys that vary by plan."""
 
     name: str
     folder: Path
     experiment: Experiment
     axes: tuple[str, ...]
     entries: list[Entry]
-    meanings: dict[str, str] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
 
 
@@ -70,9 +77,9 @@ def read_folder(folder: Path, workspace: Path | None, partial: bool) -> Found:
     if (folder / INDEX).is_file():
         return _sweep(folder, partial)
     study = single.load(folder, workspace)
-    entries = [_entry(cell.label, {}, cell.seed, cell.folder, partial, "") for cell in study.cells]
-    meanings = _meanings(study.experiment, study.labels())
-    return Found(study.experiment.name, folder, study.experiment, (), entries, meanings)
+    base = replace(study.experiment, sweep=Sweep())
+    entries = [_entry(cell.label, {}, cell.seed, cell.folder, partial, base) for cell in study.cells]
+    return Found(study.experiment.name, folder, base, (), entries)
 
 
 def _sweep(folder: Path, partial: bool) -> Found:
@@ -85,48 +92,38 @@ def _sweep(folder: Path, partial: bool) -> Found:
             int(run["seed"]),
             folder / run["folder"],
             partial,
-            str(run["digest"]),
+            base,
         )
         for run in index["runs"]
     ]
-    meanings = _meanings(base, [str(label) for label in index["labels"]])
-    axes, tuning = tuple(index["axes"]), read_tuning(folder)
-    return Found(str(index["name"]), folder, base, axes, entries, meanings, tuning)
+    # What an earlier command tuned in the same folder says nothing of these runs.
+    tuning = read_tuning(folder) if base.sweep.tune.trials else None
+    return Found(str(index["name"]), folder, base, tuple(index["axes"]), entries, tuning)
 
 
-def _meanings(base: Experiment, labels: list[str]) -> dict[str, str]:
-    """Return what each label changes, as text, so that equal labels can be told apart."""
-    changes = dict(base.compare)
-    for value in base.sweep.axes().get(STRATEGY, ()):
-        changes.setdefault(Component(str(value)).name, {STRATEGY: value})
-    changes.setdefault(base.strategy.name, {STRATEGY: base.strategy.table()})
-    return {
-        label: json.dumps(changes.get(label, label), sort_keys=True, default=str)
-        for label in labels
-    }
-
-
-def _entry(label: str, point: Table, seed: int, folder: Path, partial: bool, digest: str) -> Entry:
+def _entry(
+    label: str, point: Table, seed: int, folder: Path, partial: bool, base: Experiment
+) -> Entry:
     run = RunFolder(folder)
-    summary = run.summary()
+    summary = summary_of(folder)
     if summary is not None:
         done = int(summary["rounds"])
-        return Entry(label, point, seed, folder, "finished", summary, "", done, digest)
+        return Entry(label, point, seed, folder, "finished", summary, "", done, base)
     reason = reason_of(folder)
     if not run.exists():
         state: State = "failed" if reason else "waiting"
-        return Entry(label, point, seed, folder, state, None, reason or "not begun", 0, digest)
+        return Entry(label, point, seed, folder, state, None, reason or "not begun", 0, base)
     state = "failed" if reason else "running" if held(folder) else "waiting"
+    records = single.records(run.metrics) if run.metrics.is_file() else []
+    done = max((r.round for r in records if r.metric == "seconds"), default=0)
     if not partial:
         reason = reason or "not finished"
-        return Entry(label, point, seed, folder, state, None, reason, 0, digest)
+        return Entry(label, point, seed, folder, state, None, reason, done, base)
     experiment = run.experiment()
-    records = read_records(run.metrics) if run.metrics.is_file() else []
     log = Log(experiment.clients.count, records)
-    done = max((r.round for r in records if r.metric == "seconds"), default=0)
     reason = reason or f"round {done} of {experiment.rounds}"
     made = _so_far(experiment, log) if log.rounds() else None
-    return Entry(label, point, seed, folder, state, made, reason, done, digest)
+    return Entry(label, point, seed, folder, state, made, reason, done, base)
 
 
 def _so_far(experiment: Experiment, log: Log) -> dict[str, Any] | None:

@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 
 from fedkd.config import Experiment, experiment
-from fedkd.engine.folder import RunFolder, read_records
+from fedkd.engine.folder import read_records
 from fedkd.engine.study import CellResult, StudyResult, folders
 from fedkd.errors import ConfigError
 from fedkd.metrics.log import Log
 from fedkd.report.curves import Curves, curves
+from fedkd.sweep.finished import summary_of
+from fedkd.types import Record
 
 STUDY, RUN = "study.toml", "config.toml"
+AGAIN = "remove the folder and run it again"
+"""What helps where the records of a finished run are damaged."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,19 @@ class RunView:
     @cached_property
     def log(self) -> Log:
         """All records of the run."""
-        return Log(self.experiment.clients.count, read_records(self.folder / "metrics.jsonl"))
+        return Log(self.experiment.clients.count, records(self.folder / "metrics.jsonl"))
 
     @cached_property
     def curves(self) -> Curves:
         """The run by round, without its log."""
-        records = read_records(self.folder / "metrics.jsonl")
-        return curves(records, self.experiment.clients.count, *self.headline)
+        file = self.folder / "metrics.jsonl"
+        held = records(file)
+        if not held:
+            raise ConfigError(f"{file} is empty, though the run has a summary; {AGAIN}")
+        try:
+            return curves(held, self.experiment.clients.count, *self.headline)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{file} is damaged ({error!r}); {AGAIN}") from None
 
     @cached_property
     def ledger(self) -> dict[str, Any] | None:
@@ -60,7 +70,10 @@ class RunView:
         file = self.folder / "privacy.json"
         if not file.is_file():
             return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{file} is damaged ({error}); {AGAIN}") from None
         return found
 
     @cached_property
@@ -96,6 +109,18 @@ class RunView:
         return dict(found.get(which, {}))
 
 
+def records(file: Path) -> list[Record]:
+    """Return the records of a run.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    try:
+        return read_records(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); {AGAIN}") from None
+
+
 def views(study: StudyResult) -> dict[str, list[RunView]]:
     """Return the finished runs by label; a label without any has an empty list."""
     found: dict[str, list[RunView]] = {label: [] for label in study.labels()}
@@ -125,9 +150,13 @@ def read_toml(file: Path) -> Experiment:
         ConfigError: it is damaged.
     """
     try:
-        return experiment(tomllib.loads(file.read_text(encoding="utf-8")))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is damaged: {error}") from None
+    try:
+        return experiment(table)
+    except ConfigError as error:
+        raise type(error)(f"{file}: {error}") from None
 
 
 def load(folder: str | Path, workspace: Path | None = None) -> StudyResult:
@@ -141,7 +170,7 @@ def load(folder: str | Path, workspace: Path | None = None) -> StudyResult:
     cells = list(config.cells(workspace))
     study = StudyResult(config, place)
     for cell, path in zip(cells, folders(cells, place), strict=True):
-        summary = RunFolder(path).summary()
+        summary = summary_of(path)
         error = "" if summary else f"not finished; fedkd run --resume --out {place}"
         study.cells.append(CellResult(cell.label, cell.seed, path, summary, error))
     return study

@@ -78,8 +78,17 @@ class ModelAveraging(Strategy):
         return Update(self.finish(client, model), personal(model), loss_metrics(result.losses))
 
     def start(self, client: Client, received: Arrays) -> BlockNet:
-        """Return the client's network: its own personal blocks with the blocks received."""
-        return client.model(select(client.state, "model"), select(received, "model"))
+        """Return the client's network: its own personal blocks with the blocks received.
+
+        A dropped block that it goes on from by itself stays its own: where an upload was lost, the
+        server does not know that it has it, and hands it over once more.
+        """
+        own, sent = select(client.state, "model"), select(received, "model")
+        schedule = self.schedule(client.book.blocks(client.info.model))
+        if schedule.monotone:
+            now = schedule(client.round)
+            sent = {k: w for k, w in sent.items() if block_of(k) in now or k not in own}
+        return client.model(own, sent)
 
     def finish(self, client: Client, model: BlockNet) -> Arrays:
         """Keep the personal blocks of the trained ``model`` and return those that travel."""
