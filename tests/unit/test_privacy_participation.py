@@ -62,7 +62,7 @@ def test_every_combination_at_central_trust_is_claimed_or_refused(adjacency, sch
     why = REFUSED.get((adjacency, scheme))
     if (scheme, availability) == ("poisson", "label"):
         why = None  # Nothing is amplified, so nothing rests on adding or removing.
-    if (adjacency, scheme, availability) == ("zero-out", "fixed", "label"):
+    if (scheme, availability) == ("fixed", "label") and adjacency != "add-remove":
         why = "takes its place"
     if why is not None:
         with pytest.raises(ConfigError, match=why):
