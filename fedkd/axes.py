@@ -32,11 +32,17 @@ def _axes(given: Any) -> Any:
         several = list(values) if isinstance(values, list | tuple) else [values]
         if not several:
             raise ValueError(f"{key} has no values")
-        texts = [json.dumps(v, sort_keys=True, default=str) for v in several]
-        if len(set(texts)) < len(texts):
+        texts = {json.dumps(_one(v), sort_keys=True, default=str) for v in several}
+        if len(texts) < len(several):
             raise ValueError(f"{key} names a value twice")
         axes[str(key)] = tuple(several)
     return axes
+
+
+def _one(value: Any) -> Any:
+    """Return the same for 1 and 1.0, which are one point."""
+    whole = isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
 
 
 Axes = Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_axes)]
@@ -128,8 +134,22 @@ def _check(sweep: Sweep) -> None:
     for key in sweep.axes():
         if key in SEEDS:
             raise ConfigError(f"{key!r} is no axis: give seeds = [0, 1, 2] beside it, or --seeds 3")
+        if key == f"{STRATEGY}.name":
+            raise ConfigError(f"{key!r} is no axis: sweep over 'strategy', which makes the labels")
         if key.split(".")[0] in FORBIDDEN:
             raise ConfigError(f"{key!r} changes no result, so nothing can be swept over it")
+    _check_order(sweep)
+
+
+def _check_order(sweep: Sweep) -> None:
+    """Refuse an axis that a later one would replace, as ``clients`` does ``clients.count``."""
+    keys = [key for key in sweep.axes() if key != STRATEGY or STRATEGY in sweep.zip]
+    for index, key in enumerate(keys):
+        later = next((k for k in keys[index + 1 :] if key.startswith(f"{k}.")), None)
+        if later is not None:
+            raise ConfigError(
+                f"{later!r} comes after {key!r} and would replace it; name {later!r} first"
+            )
 
 
 def named(value: Any) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedkd.axes import Sweep
 from fedkd.cli import INTERRUPTED, complain, unexpected
 from fedkd.cli.places import config_of, newest, next_free, read, resume_command
 from fedkd.cli.progress import Bar, Lines, Silent, Tracker, View, plural
@@ -17,7 +19,7 @@ from fedkd.cli.screen import screen
 from fedkd.config import Experiment
 from fedkd.engine.folder import RunFolder
 from fedkd.engine.study import StudyResult, run_study
-from fedkd.errors import FedkdError
+from fedkd.errors import ConfigError, FedkdError
 
 
 def run(
@@ -58,10 +60,14 @@ def plan(
 
     With ``--resume --out DIR`` the experiment is the one in DIR unless a file is given.
     """
+    experiment = read(arguments, workspace, config_of(out) if resume and out else None)
+    if experiment.sweep != Sweep() and not resume:
+        raise ConfigError(
+            f"{experiment.name} is a sweep ([sweep] in its file), and fedkd run does no more than "
+            f"one point: use {shlex.join(['fedkd', 'sweep', *arguments])}, or take [sweep] out"
+        )
     if out is not None:
-        experiment = read(arguments, workspace, config_of(out) if resume else None)
         return experiment, out
-    experiment = read(arguments, workspace)
     find = newest(workspace, experiment) if resume else next_free(workspace, experiment.name)
     return experiment, find
 

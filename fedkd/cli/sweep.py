@@ -41,17 +41,19 @@ def sweep(
     view = show(board, quiet)
     if not quiet:
         view.note(f"{made.name}: results go to {place}")
-    remember(typed(arguments, over, together, seeds), place)
     try:
         try:
             with failures_told_once():
                 result = run_sweep(made, place, jobs=jobs, watcher=view, workspace=workspace)
         finally:
             view.end()
+            if board.runs:
+                # What was refused makes none of these results.
+                remember(typed(arguments, over, together, seeds), place)
     except KeyboardInterrupt:
         complain(
-            f"stopped; {board.line() or 'nothing was run'}. Nothing finished is lost: go on with "
-            "the same command"
+            f"stopped; {board.line() if board.runs else 'nothing was run'}. Nothing finished is "
+            "lost: go on with the same command"
         )
         return INTERRUPTED
     return finish(result, workspace)
@@ -101,8 +103,30 @@ def axis(text: str, option: str) -> tuple[str, list[object]]:
             f"{option} {text!r} is no axis; write key=value,value, as in "
             f"{option} clients.participation.ratio=0.1,0.5,1.0"
         )
-    found = parse(values.strip())
+    parts = [part for part in split(values) if part]
+    found = parse(parts[0]) if len(parts) == 1 else [parse(part) for part in parts]
     return key.strip(), found if isinstance(found, list) else [found]
+
+
+def split(text: str) -> list[str]:
+    """Split at commas, those in quotes, brackets and braces aside.
+
+    >>> split('{ name = "fedd2s", drop_every = 5 }, fd, "a, b", [16, 8]')
+    ['{ name = "fedd2s", drop_every = 5 }', 'fd', '"a, b"', '[16, 8]']
+    """
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not quote and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def show(board: Board, quiet: bool) -> SweepLines:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 MARKS = {"waiting": "·", "running": "▸", "done": "✓", "failed": "✗"}
+FRAME = 6
+"""Lines of the live table beside those of labels and of runs under way."""
 State = Literal["waiting", "running", "done", "failed"]
 
 
@@ -47,6 +50,7 @@ class Board:
         self.runs: list[PlannedRun] = []
         self.standing: dict[str, Standing] = {}
         self._each: dict[str, PlannedRun] = {}
+        self.checked = (0, 0)
 
     def planned(self, runs: Sequence[PlannedRun], finished: Sequence[str]) -> None:
         """Take note of all runs, and of those that were finished before."""
@@ -109,6 +113,8 @@ class Board:
 
     def line(self) -> str:
         """Return the state of the sweep in one line."""
+        if not self.runs:
+            return f"checking {self.checked[0] + 1} of {self.checked[1]} labels and points"
         parts = [f"{self.count('done')}/{len(self.standing)} runs finished"]
         if self.count("failed"):
             parts.append(f"{self.count('failed')} failed")
@@ -126,6 +132,12 @@ class SweepLines:
 
     def __init__(self, board: Board) -> None:
         self.board = board
+
+    def checking(self, done: int, of: int) -> None:
+        """Say that everything is checked first, which can take a while."""
+        self.board.checked = done, of
+        if not done:
+            self._write(f"checking what is to be run at {plural(of, 'point')} of all labels")
 
     def planned(self, runs: Sequence[PlannedRun], finished: Sequence[str]) -> None:
         """Say how much there is to do."""
@@ -178,19 +190,28 @@ class SweepTable(SweepLines):
         from rich.live import Live
 
         self.console = console
+        # Live draws in a thread of its own: it must not see a plan half made.
+        self._busy = threading.Lock()
         # Drawing takes time that the runs should have.
         self.live = Live(
             console=console, refresh_per_second=2, transient=True, get_renderable=self._draw
         )
 
+    def checking(self, done: int, of: int) -> None:
+        """Show how many labels and points have been checked."""
+        self.board.checked = done, of
+        self.live.start()
+
     def planned(self, runs: Sequence[PlannedRun], finished: Sequence[str]) -> None:
         """Draw the table."""
-        self.board.planned(runs, finished)
+        with self._busy:
+            self.board.planned(runs, finished)
         self.live.start()
 
     def told(self, run: PlannedRun, told: Told) -> None:
         """Take note; failures stay on the screen."""
-        self.board.told(run, told)
+        with self._busy:
+            self.board.told(run, told)
         if told[0] == "failed":
             self.note(ended(run, told))
 
@@ -203,23 +224,31 @@ class SweepTable(SweepLines):
         self.live.stop()
 
     def _draw(self) -> RenderableType:
+        with self._busy:
+            return self._drawn()
+
+    def _drawn(self) -> RenderableType:
         from rich.console import Group
         from rich.text import Text
 
-        running = [
-            Text(f"  {MARKS['running']} {self._progress(run)}")
+        under_way = {
+            run.digest: f"  {MARKS['running']} {self._progress(run)}"
             for run in self.board.runs
             if self.board.standing[run.digest].state == "running"
-        ]
+        }
+        running = [Text(line, no_wrap=True, overflow="ellipsis") for line in under_way.values()]
         parts: list[RenderableType] = []
-        if self.board.standing:
+        labels = len({run.label for run in self.board.runs})
+        # What does not fit is cut off at the bottom, where the time that is left stands.
+        if labels and labels + len(running) + FRAME <= self.console.height:
             parts.append(grid(self.board, self.console.width))
-        return Group(*parts, *dict.fromkeys(running), Text(f"  {self.board.line()}", style="bold"))
+        return Group(*parts, *running, Text(f"  {self.board.line()}", style="bold"))
 
     def _progress(self, run: PlannedRun) -> str:
         at = self.board.standing[run.digest]
-        said = f"{run.title}: round {at.round}/{at.rounds}"
-        return said if math.isnan(at.accuracy) else f"{said}, {100 * at.accuracy:.1f} %"
+        judged = "" if math.isnan(at.accuracy) else f", {100 * at.accuracy:.1f} %"
+        # First what changes: a long label is cut off.
+        return f"round {at.round}/{at.rounds}{judged}: {run.title}"
 
 
 def grid(board: Board, width: int) -> RenderableType:

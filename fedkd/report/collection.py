@@ -198,12 +198,13 @@ def _better(before: Entry | None, entry: Entry) -> Entry:
     """
     if before is None or before.folder == entry.folder:
         return entry if before is None else before
-    if before.experiment.digest() != entry.experiment.digest():
+    both = before.begun and entry.begun
+    if both and before.experiment.digest() != entry.experiment.digest():
         one, two = flat(before.experiment), flat(entry.experiment)
         keys = [key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
         raise ConfigError(
-            f"{before.folder} and {entry.folder} are both {entry.label!r} with seed {entry.seed} at "
-            f"the same point, but differ in {', '.join(keys) or 'their data'}; give one of them "
+            f"{before.folder} and {entry.folder} are both {entry.label!r} with seed {entry.seed} "
+            f"at the same point, but differ in {', '.join(keys) or 'their data'}; give one of them "
             "another label, or report them one by one"
         )
     return min(before, entry, key=lambda e: STATES.index(e.state))
@@ -276,7 +277,11 @@ def _labels(found: Sequence[Found], keys: Sequence[str]) -> dict[tuple[int, str]
         for entry in holding.entries:
             if (index, entry.label) in labels:
                 continue
-            what = _meaning(entry, keys) if len(found) > 1 else ""
+            same = [e for e in holding.entries if e.label == entry.label]
+            what = ""
+            if len(found) > 1:
+                # Only a run that has begun has the options that tuning chose.
+                what = _meaning(next((e for e in same if e.begun), entry), keys)
             known = meant.setdefault(entry.label, [])
             if what not in known:
                 known.append(what)

@@ -41,10 +41,15 @@ class Entry:
     rounds_done: int = 0
     base: Experiment | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether the run has a configuration of its own."""
+        return RunFolder(self.folder).exists()
+
     @cached_property
     def experiment(self) -> Experiment:
         """The run's own resolved configuration; before it has begun, what it follows from."""
-        if self.base is None or RunFolder(self.folder).exists():
+        if self.base is None or self.begun:
             return single.stored(self.folder)
         labels = labels_of(self.base)
         # Of three privacy curves, "LABEL, CURVE", the label's own.
@@ -78,7 +83,9 @@ def read_folder(folder: Path, workspace: Path | None, partial: bool) -> Found:
         return _sweep(folder, partial)
     study = single.load(folder, workspace)
     base = replace(study.experiment, sweep=Sweep())
-    entries = [_entry(cell.label, {}, cell.seed, cell.folder, partial, base) for cell in study.cells]
+    entries = [
+        _entry(cell.label, {}, cell.seed, cell.folder, partial, base) for cell in study.cells
+    ]
     return Found(study.experiment.name, folder, base, (), entries)
 
 
@@ -107,7 +114,7 @@ def _entry(
     run = RunFolder(folder)
     summary = summary_of(folder)
     if summary is not None:
-        done = int(summary["rounds"])
+        done = int(summary.get("rounds", 0))
         return Entry(label, point, seed, folder, "finished", summary, "", done, base)
     reason = reason_of(folder)
     if not run.exists():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkd.errors import ConfigError
 from fedkd.report.collection import Collection, collect
 from fedkd.report.measures import Target, default_target
 from fedkd.sweep.plan import CONFIG, INDEX
@@ -64,6 +65,10 @@ def full(
     from fedkd.report import parquet as records
 
     out = Path(out)
+    if target is not None and not 0 <= target <= 1:
+        raise ConfigError(f"target = {target:g} is no accuracy: give 0 to 1, as 0.8 for 80 %")
+    if parquet:
+        records.require(out / PARQUET)
     collection = collect(folders, workspace=workspace)
     aim = default_target(collection) if target is None else Target(target, "as asked for")
     sheets = sweep_tables.tables(collection, aim)

@@ -27,14 +27,10 @@ def write(collection: Collection, file: Path) -> Path:
         ConfigError: pyarrow is not installed.
         RunError: the disk is full or not writable.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ConfigError(
-            f"{file.name} needs pyarrow, which is not installed: pip install 'fedkd[parquet]', or "
-            "leave Parquet out"
-        ) from None
+    require(file)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     numeric = {key: _numbers(values) for key, values in collection.axes.items()}
     points = {key: pa.float64() if number else pa.string() for key, number in numeric.items()}
     where = dict.fromkeys(("split", "readout", "predict", "metric"), pa.string())
@@ -57,6 +53,21 @@ def write(collection: Collection, file: Path) -> Path:
                     writer.write_table(pa.table(_columns(group, point, run), schema=schema))
         aside.replace(file)
     return file
+
+
+def require(file: Path) -> None:
+    """Refuse to write ``file`` where pyarrow is missing, before anything else is made.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            f"{file.name} needs pyarrow, which is not installed: pip install 'fedkd[parquet]', or "
+            "leave Parquet out"
+        ) from None
 
 
 def _columns(group: Group, point: dict[str, float | str], run: RunView) -> dict[str, list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -152,7 +153,7 @@ def missing(collection: Collection) -> Sheet:
             plain_cell(run.state),
             plain_cell(run.rounds_done),
             # Tables hold no paths: the same sweep elsewhere gives the same table.
-            plain_cell(run.reason.replace(str(run.folder), run.folder.name)),
+            plain_cell(re.sub(rf"\S*{re.escape(run.folder.name)}", run.folder.name, run.reason)),
         )
         for group in collection.groups
         for run in group.missing

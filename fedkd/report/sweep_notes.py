@@ -180,6 +180,7 @@ def _lacks(collection: Collection) -> list[str]:
     lacking = [name for name in BASELINES if name not in strategies]
     if lacking:
         added = " ".join(f"compare.{name}.strategy={name}" for name in lacking)
+        added += f", or {','.join(lacking)} where strategy is an axis"
         notes.append(
             f"This comparison lacks {' and '.join(lacking)}, without which nobody can say what "
             f"federation is worth here. Add: {added}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedkd.engine.folder import writing
 from fedkd.errors import RunError
 
 FILE = "lock"
@@ -19,10 +20,11 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold a folder's lock, waiting up to ``patience`` seconds for another process to end.
 
     Raises:
-        RunError: another process is at work in the folder.
+        RunError: another process is at work in the folder, or it cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         until = time.monotonic() + patience
         while not _take(handle):

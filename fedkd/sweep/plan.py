@@ -70,12 +70,13 @@ def plan(
         for point in points(axes):
             try:
                 cells = list(experiment.cells(workspace, {label: {**changes, **point}}))
+                full = [resolve(replace(c.experiment, name=experiment.name)) for c in cells]
             except ConfigError as error:
-                raise type(error)(f"at {_where(point)}: {error}" if point else str(error)) from None
-            for cell in cells:
-                full = resolve(replace(cell.experiment, name=experiment.name))
-                digest = full.digest()
-                made.append(PlannedRun(label, point, cell.seed, full, digest, out / RUNS / digest))
+                where = f"{label!r} at {_where(point)}" if point else repr(label)
+                raise type(error)(f"in {where}: {error}") from None
+            for one in full:
+                digest = one.digest()
+                made.append(PlannedRun(label, point, one.seed, one, digest, out / RUNS / digest))
     return made
 
 
@@ -83,11 +84,17 @@ def labels_of(experiment: Experiment) -> dict[str, Table]:
     """Return what differs by label: strategies with what moves with them in ``sweep.zip``.
 
     Raises:
-        ConfigError: a strategy stands twice in ``sweep.zip``.
+        ConfigError: two strategies would have the same label.
     """
     sweep = experiment.sweep
     if STRATEGY not in sweep.zip:
-        return experiment.variants()
+        made = experiment.variants()
+        if len(made) < len(sweep.grid.get(STRATEGY, ())):
+            raise ConfigError(
+                "two values of the strategy axis are named alike (numbers with six digits, and 1 "
+                "as '1'): use compare.LABEL tables in place of it"
+            )
+        return made
     rows = list(points(replace(sweep, grid={})))
     labels = {named(row[STRATEGY]): dict(row) for row in rows}
     if len(labels) < len(rows):
@@ -156,9 +163,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         for run in table["runs"]:
             if run["folder"] != f"{RUNS}/{run['digest']}" or not str(run["digest"]).isalnum():
                 raise ValueError(f"folder {run['folder']!r} is not that of run {run['digest']!r}")
-            _ = run["label"], dict(run["point"]), int(run["seed"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            if dict(run["point"]).keys() != table["axes"].keys():
+                raise ValueError(f"run {run['digest']!r} is not at a point of the axes")
+            _ = run["label"], int(run["seed"])
+        _ = table["name"], dict(table["axes"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{file} cannot be read ({error}); make it again with the fedkd sweep that made it"
+            f"{file} cannot be read ({error!r}); make it again with the fedkd sweep that made it"
         ) from None
     return table

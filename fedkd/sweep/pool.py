@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from fedkd.engine.executors import cores
+from fedkd.errors import FedkdError
 from fedkd.sweep.failed import keep_reason
 from fedkd.sweep.plan import PlannedRun
 from fedkd.sweep.worker import Told, run_one, serve, shared
@@ -80,7 +84,8 @@ class _Worker:
         process = context.Process(
             target=serve, args=(theirs, str(self.workspace), self.threads), daemon=True
         )
-        process.start()
+        with _no_interrupts():
+            process.start()
         theirs.close()
         return ours, process
 
@@ -102,7 +107,8 @@ class _Worker:
         except (EOFError, OSError):
             self.process.join()
             told = ("failed", {"error": _died(self.process.exitcode)})
-            keep_reason(run.folder, told[1]["error"])
+            with contextlib.suppress(FedkdError):  # A full disk: the reason is told all the same.
+                keep_reason(run.folder, told[1]["error"])
             self.connection.close()
             self.connection, self.process = self._start()
         if told[0] != "round":
@@ -118,6 +124,24 @@ class _Worker:
             self.process.terminate()
             self.process.join()
         self.connection.close()
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back: a process that begins inherits that, until it has its own answer.
+
+    Without, it would die with a traceback where Ctrl-C comes while it imports. Ours comes later.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    # It would let signals through where it is started here, as the first process's helper.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _died(code: int | None) -> str:

@@ -14,15 +14,20 @@ from typing import Protocol
 
 from fedkd.axes import Table
 from fedkd.config import Cell, Experiment
-from fedkd.engine.folder import RunFolder
+from fedkd.engine.setup import load_workspace, prepare
 from fedkd.engine.study import check
+from fedkd.errors import ConfigError
 from fedkd.sweep import privacy_curves
+from fedkd.sweep.finished import summary_of
 from fedkd.sweep.lock import locked
-from fedkd.sweep.plan import PlannedRun, labels_of, plan, write_index
+from fedkd.sweep.plan import INDEX, PlannedRun, labels_of, plan, write_index
 from fedkd.sweep.pool import run_all
 from fedkd.sweep.trials import Trial
 from fedkd.sweep.tune import apply, tune
 from fedkd.sweep.worker import Told
+
+OTHERS = ("study.toml", "config.toml")
+"""Files of a folder that holds a comparison or a single run."""
 
 
 class SweepWatcher(Protocol):
@@ -30,6 +35,9 @@ class SweepWatcher(Protocol):
 
     ``planned`` comes once for each batch of trials, and then for the sweep itself.
     """
+
+    def checking(self, done: int, of: int) -> None:
+        """Take note of how many labels and points have been checked, before anything is run."""
 
     def planned(self, runs: Sequence[PlannedRun], finished: Sequence[str]) -> None:
         """Take note of all runs, and of the digests of those that were finished before."""
@@ -78,23 +86,45 @@ def run_sweep(
 
     Raises:
         ConfigError: some run is impossible: found before the first one starts.
+            Also if ``out`` holds a single run or a comparison.
         RunError: another process is at work in ``out``.
     """
     out, space = Path(out), workspace or Path()
+    refuse_others(out)
+    load_workspace(workspace)
     with locked(out):
         variants: Mapping[str, Table] = labels_of(experiment)
         # Before anything is run, tuning included: a mistake in an axis must not cost its time.
-        check_runs(plan(experiment, out, variants=curves(experiment, variants), workspace=space))
+        planned = plan(
+            experiment, out, variants=curves(experiment, variants, space), workspace=space
+        )
+        check_runs(planned, watcher)
         if experiment.sweep.tune.trials:
             batches = partial(do, jobs=jobs, watcher=watcher, workspace=space)
             variants = apply(tune(experiment, out, batches, watcher, space, variants), variants)
-        runs = plan(experiment, out, variants=curves(experiment, variants), workspace=space)
+        runs = plan(experiment, out, variants=curves(experiment, variants, space), workspace=space)
         write_index(experiment, runs, out)
         errors = do(runs, jobs, watcher, space)
     return SweepResult(experiment, out, runs, errors)
 
 
-def curves(experiment: Experiment, variants: Mapping[str, Table]) -> dict[str, Table]:
+def refuse_others(out: Path) -> None:
+    """Refuse a folder with other results, which a report would no longer find.
+
+    Raises:
+        ConfigError: it holds a single run or a comparison.
+    """
+    other = next((name for name in OTHERS if (out / name).is_file()), None)
+    if other is not None and not (out / INDEX).is_file():
+        raise ConfigError(
+            f"{out} holds a run or a comparison ({other}), whose results a sweep would hide; give "
+            "another folder with --out"
+        )
+
+
+def curves(
+    experiment: Experiment, variants: Mapping[str, Table], workspace: Path | None = None
+) -> dict[str, Table]:
     """Return every label three times where three privacy curves are asked for, else as it is.
 
     A label without a mechanism of its own (``privacy = "none"``) has no such curves.
@@ -104,23 +134,33 @@ def curves(experiment: Experiment, variants: Mapping[str, Table]) -> dict[str, T
         return dict(variants)
     made: dict[str, Table] = {}
     for label, changes in variants.items():
-        cell = next(iter(experiment.cells(variants={label: changes})))
+        cell = next(iter(experiment.cells(workspace, {label: changes})))
         if cell.experiment.privacy.unit == "none" and "privacy" in changes:
             made[label] = changes
             continue
-        for name, noise in privacy_curves.variants(cell.experiment, at).items():
+        for name, noise in privacy_curves.variants(cell.experiment, at, workspace).items():
             made[f"{label}, {name}"] = {**changes, **noise}
     return made
 
 
-def check_runs(runs: Sequence[PlannedRun]) -> None:
+def check_runs(runs: Sequence[PlannedRun], watcher: SweepWatcher | None = None) -> None:
     """Build the parts of what is to be run once for each label and point, seeds apart.
 
     Raises:
         ConfigError: with label and point.
     """
-    missing = [run for run in runs if RunFolder(run.folder).summary() is None]
-    check([Cell(run.place, run.seed, run.experiment) for run in missing])
+    missing = [run for run in runs if summary_of(run.folder) is None]
+    places = len({run.place for run in missing})
+    done = 0
+
+    def attempt(made: Experiment) -> None:
+        nonlocal done
+        if watcher is not None:
+            watcher.checking(done, places)
+        prepare(made)
+        done += 1
+
+    check([Cell(run.place, run.seed, run.experiment) for run in missing], attempt)
 
 
 def do(
@@ -128,7 +168,7 @@ def do(
 ) -> dict[str, str]:
     """Do the runs that are missing, and return why some have no result, by digest."""
     each = {run.digest: run for run in runs}
-    finished = [d for d, run in each.items() if RunFolder(run.folder).summary() is not None]
+    finished = [d for d, run in each.items() if summary_of(run.folder) is not None]
     if watcher is not None:
         watcher.planned(runs, finished)
     errors: dict[str, str] = {}

@@ -12,6 +12,7 @@ from fedkd.config import Experiment
 from fedkd.engine.folder import RunFolder, read_records
 from fedkd.errors import ConfigError, RunError
 from fedkd.metrics.log import Log
+from fedkd.sweep.finished import summary_of
 from fedkd.sweep.plan import PlannedRun
 from fedkd.sweep.tune_rules import space_of
 
@@ -88,7 +89,7 @@ def validation(folder: Path, experiment: Experiment) -> float:
         RunError: the run is not finished, or nobody holds validation examples.
     """
     run = RunFolder(folder)
-    summary = run.summary()
+    summary = summary_of(folder)
     if summary is None:
         raise RunError("it did not finish")
     log = Log(experiment.clients.count)

@@ -22,9 +22,10 @@ def read_tuning(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        _ = dict(table["space"])
         for label in table["labels"].values():
-            _ = label["chosen"], label["trials"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _ = dict(label["chosen"]), [dict(trial)["validation"] for trial in label["trials"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error!r}); remove it: the same command tunes again from the "
             "runs that are finished"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -81,7 +82,8 @@ def run_one(experiment: Experiment, folder: Path, tell: Any) -> None:
     except Exception as error:
         ours = isinstance(error, FedkdError)
         text = str(error) if ours else f"{type(error).__name__}: {error}"
-        keep_reason(folder, text, "" if ours else traceback.format_exc())
+        with suppress(FedkdError):  # A full disk: the reason is told all the same.
+            keep_reason(folder, text, "" if ours else traceback.format_exc())
         tell(("failed", {"error": text}))
         return
     last = summary["readouts"].get(summary["headline"]["readout"], {})

@@ -29,6 +29,9 @@ class Watching:
     def __init__(self):
         self.begun, self.finished, self.seen = 0, [], []
 
+    def checking(self, done, of):
+        assert done < of
+
     def planned(self, runs, finished):
         self.begun, self.finished = len(runs), list(finished)
 
