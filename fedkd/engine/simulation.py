@@ -26,6 +26,7 @@ from fedkd.engine.flower_strategy import FlowerStrategy
 from fedkd.engine.folder import RunFolder
 from fedkd.engine.grid import FIRST_NODE_ID, LocalGrid
 from fedkd.engine.ledger import Direction, Ledger
+from fedkd.engine.lock import PATIENCE, locked
 from fedkd.engine.planting import write_canaries
 from fedkd.engine.setup import Prepared, prepare, resolve
 from fedkd.engine.simulate import in_process
@@ -251,10 +252,12 @@ def run(
     resume: bool = False,
     watcher: Watcher | None = None,
     prepared: Prepared | None = None,
+    patience: float = PATIENCE,
 ) -> dict[str, Any]:
     """Run one experiment (its ``compare`` and ``seeds`` aside) in a folder; return its summary.
 
-    A finished run is not run again under ``resume``: its summary is returned.
+    A finished run is not run again under ``resume``: its summary is returned. Another process that
+    is at work in the folder is waited for, ``patience`` seconds at most.
 
     Raises:
         ConfigError: the folder holds a run and ``resume`` was not asked for, or holds another
@@ -275,7 +278,16 @@ def run(
     finished = folder.summary() if resume else None
     if finished is not None:
         return finished
-    current = Run(prepared or prepare(experiment), folder)
+    parts = prepared or prepare(experiment)
+    with locked(path, patience):
+        # Another process may have done some of it, or all, while this one waited.
+        finished = folder.summary() if resume else None
+        return finished or _played(Run(parts, folder), resume, watcher)
+
+
+def _played(current: Run, resume: bool, watcher: Watcher | None) -> dict[str, Any]:
+    """Play the rounds that are left and return the summary."""
+    experiment = current.experiment
     try:
         with in_process():
             done = current.restore() if resume else current.begin()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fedkd.axes import Sweep, Table
 from fedkd.config import Experiment
 from fedkd.engine.folder import RunFolder
+from fedkd.engine.lock import held
 from fedkd.engine.setup import resolve
 from fedkd.errors import ConfigError
 from fedkd.metrics.log import Log
@@ -17,7 +18,6 @@ from fedkd.metrics.summary import summarise
 from fedkd.report import runs as single
 from fedkd.sweep.failed import reason_of
 from fedkd.sweep.finished import summary_of
-from fedkd.sweep.lock import held
 from fedkd.sweep.plan import CONFIG, INDEX, labels_of, read_index
 from fedkd.sweep.tuning import read_tuning
 

@@ -14,12 +14,12 @@ from typing import Protocol
 
 from fedkd.axes import Table
 from fedkd.config import Cell, Experiment
+from fedkd.engine.lock import locked
 from fedkd.engine.setup import load_workspace, prepare
 from fedkd.engine.study import check
 from fedkd.errors import ConfigError
 from fedkd.sweep import privacy_curves
 from fedkd.sweep.finished import summary_of
-from fedkd.sweep.lock import locked
 from fedkd.sweep.plan import INDEX, PlannedRun, labels_of, plan, write_index
 from fedkd.sweep.pool import run_all
 from fedkd.sweep.trials import Trial

@@ -19,7 +19,6 @@ from fedkd.engine.folder import RunFolder
 from fedkd.errors import FedkdError
 from fedkd.metrics.log import Log
 from fedkd.sweep.failed import forget_reason, keep_reason
-from fedkd.sweep.lock import locked
 
 PATIENCE = 60.0
 """Seconds that a run waits for a process that is still at work in its folder."""
@@ -73,10 +72,9 @@ def run_one(experiment: Experiment, folder: Path, tell: Any) -> None:
 
     predict = str(experiment.strategy.options.get("predict", "personal"))
     try:
-        with locked(folder, PATIENCE):
-            forget_reason(folder)
-            watcher = Messenger(tell, experiment.rounds, predict)
-            summary = run(experiment, folder, resume=RunFolder(folder).exists(), watcher=watcher)
+        forget_reason(folder)
+        watcher, begun = Messenger(tell, experiment.rounds, predict), RunFolder(folder).exists()
+        summary = run(experiment, folder, resume=begun, watcher=watcher, patience=PATIENCE)
     except BrokenPipeError:
         raise
     except Exception as error:

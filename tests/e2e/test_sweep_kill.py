@@ -49,7 +49,7 @@ def written(folder):
 
 
 def killed(folder, jobs, after):
-    """Start the sweep and kill it once it has written ``after`` more bytes; say if it was killed."""
+    """Start the sweep, kill it once it has written ``after`` more bytes; say if it was killed."""
     before = written(folder)
     process = multiprocessing.get_context("spawn").Process(target=child, args=(folder, jobs))
     process.start()

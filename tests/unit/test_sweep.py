@@ -1,4 +1,4 @@
-"""Sweeps: each run once, by what it follows from; failures reported; any number of jobs, one result."""
+"""Sweeps: each run once, by what it follows from; failures reported; jobs change no result."""
 
 import json
 import shutil
@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from fedkd.config import experiment
+from fedkd.engine.lock import held, locked
 from fedkd.engine.simulation import run
 from fedkd.errors import ConfigError, RunError
 from fedkd.report.collection import RATIO, collect
-from fedkd.sweep.lock import held, locked
 from fedkd.sweep.plan import INDEX, labels_of, plan, read_index
 from fedkd.sweep.run import curves, run_sweep
 
@@ -132,8 +132,8 @@ def test_what_failed_is_tried_again(swept, tmp_path):
     broken = next(iter(plan(swept, tmp_path))).folder
     shutil.rmtree(broken)
     broken.mkdir()
-    (broken / "failed.json").write_text('{"error": "the disk was full"}')
-    assert collect([tmp_path]).group("fedavg", {RATIO: 0.5}).missing[0].reason == "the disk was full"
+    (broken / "failed.json").write_text('{"error": "disk full"}')
+    assert collect([tmp_path]).group("fedavg", {RATIO: 0.5}).missing[0].reason == "disk full"
     assert not run_sweep(swept, tmp_path).errors
     assert not collect([tmp_path]).group("fedavg", {RATIO: 0.5}).missing
 

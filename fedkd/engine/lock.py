@@ -13,10 +13,12 @@ from fedkd.errors import RunError
 
 FILE = "lock"
 PAUSE = 0.2
+PATIENCE = 2.0
+"""Seconds: whoever asks whether a lock is held holds it for a moment."""
 
 
 @contextmanager
-def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+def locked(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Hold a folder's lock, waiting up to ``patience`` seconds for another process to end.
 
     Raises:
@@ -57,7 +59,7 @@ def held(folder: Path) -> bool:
 def _take(handle: int) -> bool:
     try:
         import fcntl
-    except ImportError:  # No such locks on this system: two sweeps in one folder go unnoticed.
+    except ImportError:  # No such locks here: two processes in one folder go unnoticed.
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
