@@ -12,7 +12,7 @@ from fedkd.engine.folder import writing
 from fedkd.errors import RunError
 
 FILE = "lock"
-PAUSE = 0.2
+PAUSE = 0.05
 PATIENCE = 2.0
 """Seconds: whoever asks whether a lock is held holds it for a moment."""
 
@@ -24,21 +24,41 @@ def locked(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     Raises:
         RunError: another process is at work in the folder, or it cannot be written to.
     """
+    file, until = folder / FILE, time.monotonic() + patience
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _opened(file)
     try:
-        until = time.monotonic() + patience
-        while not _take(handle):
+        while not _take(handle) or not _same(handle, file):
             if time.monotonic() > until:
                 raise RunError(
                     f"another process is at work in {folder}; wait until it has ended, or give "
                     "another folder with --out"
                 )
             time.sleep(PAUSE)
-        yield
+            os.close(handle)
+            handle = _opened(file)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
     finally:
         os.close(handle)
+
+
+def _opened(file: Path) -> int:
+    return os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _same(handle: int, file: Path) -> bool:
+    """Return whether the file is still the one that was opened: its holder removes it at the end.
+
+    A lock on a file that has gone would be held beside somebody else's.
+    """
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def held(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 
@@ -196,3 +197,23 @@ def test_a_damaged_index_is_refused(swept, tmp_path, damage):
     (tmp_path / INDEX).write_text(json.dumps(table))
     with pytest.raises(ConfigError, match=INDEX):
         read_index(tmp_path)
+
+
+def test_locks_leave_nothing_behind_and_exclude_one_another(tmp_path):
+    inside, most, entered = [], [], []
+
+    def work(number):
+        for _ in range(5):
+            with locked(tmp_path, patience=60):
+                inside.append(number)
+                most.append(len(inside))
+                entered.append(number)
+                inside.remove(number)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert max(most) == 1 and len(entered) == 20
+    assert not list(tmp_path.iterdir())
