@@ -156,7 +156,7 @@ def _options(
     shown = [
         f"{key.replace('_', ' ')} {named(value)}"
         for key, value in table.items()
-        if value not in ((), [], {})
+        if value not in ((), [], {}, "")
         and f"{where}.{key}" not in varied
         and (key in always or value != default.get(key))
     ]
