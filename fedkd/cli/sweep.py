@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedkd.axes import Table
+from fedkd.axes import STRATEGY, Table
 from fedkd.cli import INTERRUPTED, complain
 from fedkd.cli.places import RUNS, read
 from fedkd.cli.run import failures_told_once
@@ -35,12 +35,16 @@ def sweep(
     Raises:
         ConfigError: a run is impossible, found before the first one.
     """
-    made = with_axes(read(arguments, workspace), over, together, seeds, workspace)
+    given = read(arguments, workspace)
+    made = with_axes(given, over, together, seeds, workspace)
     place = out or workspace / RUNS / f"{made.name}-sweep"
     board = Board(jobs)
     view = show(board, quiet)
     if not quiet:
         view.note(f"{made.name}: results go to {place}")
+        if given.compare and not made.compare:
+            left = ", ".join([given.strategy.name, *given.compare])
+            view.note(f"strategies are those of the command; the file's are left out: {left}")
     try:
         try:
             with failures_told_once():
@@ -68,7 +72,7 @@ def with_axes(
 ) -> Experiment:
     """Return an experiment with the axes of the command line beside those of its file.
 
-    An axis that is given again replaces that of the file.
+    An axis that is given again replaces that of the file; strategies replace its ``compare``.
 
     Raises:
         ConfigError: an axis is not ``key=value,value``.
@@ -84,6 +88,8 @@ def with_axes(
             key, values = axis(text, option)
             other.pop(key, None)
             target[key] = tuple(values)
+            if key == STRATEGY:
+                table["compare"] = {}
     axes["grid"] = {key: list(values) for key, values in grid.items()}
     axes["zip"] = {key: list(values) for key, values in moving.items()}
     if seeds is not None:

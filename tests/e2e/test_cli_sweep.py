@@ -1,5 +1,8 @@
 """``fedkd sweep`` and ``fedkd report`` used wrongly: one message each, no traceback."""
 
+import html
+import json
+
 import pytest
 
 from fedkd.cli import main
@@ -79,3 +82,21 @@ def test_report_refuses_what_it_cannot_do(tmp_path, capsys):
     assert code == 2 and "nowhere" in error
     code, error = said(capsys, "report", tmp_path, "--target", 2)
     assert code == 2 and "--target" in error
+
+
+def test_strategies_of_the_command_replace_those_that_a_file_compares(file, tmp_path, capsys):
+    others = (
+        "[compare.alone]",
+        'strategy = "local-only"',
+        "[compare.prox]",
+        'strategy = "fedprox"',
+    )
+    file.write_text(FILE + "\n".join(others))
+    out = tmp_path / "out"
+    words = ["sweep", file, "--out", out, "--over", "strategy=fedavg-ft,fd", "--seeds", "1"]
+    code, error = said(capsys, *words, "--over", "clients.participation.ratio=1.0")
+    assert code == 0 and "left out: fedavg, alone, prox" in error
+    index = json.loads((out / "sweep.json").read_text())
+    assert index["labels"] == ["fedavg-ft", "fd"] and len(index["runs"]) == 2
+    page = (out / "report.html").read_text()
+    assert "--over strategy=fedavg-ft,fd" in html.unescape(page)
