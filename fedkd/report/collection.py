@@ -22,6 +22,8 @@ from fedkd.report.runs import RunView
 
 Value = str | int | float | bool
 RATIO = "clients.participation.ratio"
+SWEEP, FEW = "sweep", 3
+"""The axis of folders that differ in more than a few options, which would all be axes else."""
 STATES = ("finished", "running", "failed", "waiting")
 """How far a run is, the furthest first."""
 TITLES = {
@@ -41,6 +43,7 @@ TITLES = {
     "privacy.mean_noise": "noise on the mean",
     "model.name": "model",
     "rounds": "rounds",
+    "sweep": "sweep",
 }
 
 
@@ -151,14 +154,16 @@ def collect(
     if not folders:
         raise ConfigError("name at least one folder of a run, a comparison or a sweep")
     found = [read_folder(Path(folder), workspace, partial) for folder in folders]
-    keys = _axes(found)
-    labels = _labels(found, keys)
+    keys, differing = _axes(found)
+    # What stands for different options in two folders is told apart by their names then.
+    named = [*keys, *differing]
+    labels, names = _labels(found, named), _names(found)
     groups: dict[tuple[Any, ...], Group] = {}
     chosen: dict[tuple[Any, ...], dict[int, Entry]] = {}
     for index, holding in enumerate(found):
         for entry in holding.entries:
             label = labels[index, entry.label]
-            point = {key: _at(entry, key) for key in keys}
+            point = {key: names[index] if key == SWEEP else _at(entry, key) for key in keys}
             address = (label, *map(_key, point.values()))
             groups.setdefault(address, Group(label, point))
             seeds = chosen.setdefault(address, {})
@@ -178,6 +183,7 @@ def collect(
         labels=tuple(order),
         groups=sorted(groups.values(), key=lambda g: (order.index(g.label), _rank(g.point, axes))),
         tuning=next((h.tuning for h in found if h.tuning), None),
+        notes=_differing(differing),
     )
 
 
@@ -210,20 +216,38 @@ def _better(before: Entry | None, entry: Entry) -> Entry:
     return min(before, entry, key=lambda e: STATES.index(e.state))
 
 
-def _axes(found: Sequence[Found]) -> list[str]:
-    """Return the keys that vary: what a sweep names, and what folders differ in."""
+def _axes(found: Sequence[Found]) -> tuple[list[str], list[str]]:
+    """Return the axes, and what folders differ in beside them where that is too much for axes."""
     keys = list(dict.fromkeys(key for holding in found for key in holding.axes))
     if len(found) == 1:
-        return keys
+        return keys, []
     # Runs have the options of their components written out, files of sweeps have not.
     tables = [flat(resolve(holding.experiment)) for holding in found]
+    more: list[str] = []
     for key in dict.fromkeys(key for table in tables for key in table):
         values = {json.dumps(table.get(key)) for table in tables}
-        if len(values) > 1 and not _covered(key, [*keys, "strategy", "seed"]):
+        if len(values) > 1 and not _covered(key, [*keys, *more, "strategy", "seed"]):
             entries = (entry for holding in found for entry in holding.entries)
             if len({_key(_at(entry, key)) for entry in entries}) > 1:
-                keys.append(key)
-    return keys
+                more.append(key)
+    return ([*keys, *more], []) if len(more) <= FEW else ([SWEEP, *keys], more)
+
+
+def _names(found: Sequence[Found]) -> list[str]:
+    """Return a name for each folder: that of its experiment, or of itself where that is taken."""
+    names = [holding.name for holding in found]
+    if len(set(names)) < len(names):
+        names = [holding.folder.resolve().name for holding in found]
+    return [f"{name} {i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _differing(keys: Sequence[str]) -> tuple[str, ...]:
+    if not keys:
+        return ()
+    return (
+        f"The folders differ in {', '.join(keys)}: too much for axes. They stand side by side, and "
+        "no difference between them has one reason.",
+    )
 
 
 def _covered(key: str, others: Sequence[str]) -> bool:

@@ -23,7 +23,7 @@ def headline(collection: Collection, target: Target, bold: bool) -> tuple[str, .
     finished = _finished(collection)
     if not finished:
         return (NOTHING,)
-    notes = [_accuracy(collection), intervals(collection)]
+    notes = [*collection.notes, _accuracy(collection), intervals(collection)]
     notes += _differences(finished)
     notes += [_target(finished, target), *([BOLD] if bold else [])]
     notes.append(

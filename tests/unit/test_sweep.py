@@ -171,6 +171,19 @@ def test_what_two_folders_differ_in_is_an_axis(swept, tmp_path):
     assert len(merged.groups) == 4
 
 
+def test_folders_that_have_little_in_common_stand_side_by_side(swept, tiny, tmp_path):
+    run_sweep(swept, tmp_path / "a")
+    other = tiny("fedavg", {"rounds": 1, "data.partition.alpha": 2.0, "clients.count": 3}).table()
+    other |= {"name": "other", "evaluate": {"last_k": 1}, "sweep": {"grid": {RATIO: [1.0]}}}
+    run_sweep(experiment(other), tmp_path / "b")
+    merged = collect([tmp_path / "a", tmp_path / "b"])
+    assert merged.axes == {"sweep": ("run", "other"), RATIO: (0.5, 1.0)}
+    assert merged.labels == ("fedavg", "alone")
+    (note,) = merged.notes
+    assert "rounds" in note and "clients.count" in note and "alpha" in note
+    assert [g.point["sweep"] for g in merged.groups] == ["run", "run", "other", "run", "run"]
+
+
 def test_a_folder_has_one_process_at_work(swept, tmp_path):
     with locked(tmp_path):
         assert held(tmp_path)
