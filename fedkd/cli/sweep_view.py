@@ -21,6 +21,7 @@ from fedkd.sweep.worker import Told
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.text import Text
 
 MARKS = {"waiting": "·", "running": "▸", "done": "✓", "failed": "✗"}
 FRAME = 6
@@ -279,7 +280,7 @@ def grid(board: Board, width: int) -> RenderableType:
     return table
 
 
-def _marks(board: Board, runs: Sequence[PlannedRun]) -> Text:  # type: ignore[name-defined]  # noqa: F821
+def _marks(board: Board, runs: Sequence[PlannedRun]) -> Text:
     from rich.text import Text
 
     styles = {"failed": "red", "running": "bold", "done": "green", "waiting": "dim"}

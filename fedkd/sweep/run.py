@@ -24,6 +24,7 @@ from fedkd.sweep.plan import INDEX, PlannedRun, labels_of, plan, write_index
 from fedkd.sweep.pool import run_all
 from fedkd.sweep.trials import Trial
 from fedkd.sweep.tune import apply, tune
+from fedkd.sweep.tuning import read_tuning
 from fedkd.sweep.worker import Told
 
 OTHERS = ("study.toml", "config.toml")
@@ -95,10 +96,9 @@ def run_sweep(
     with locked(out):
         variants: Mapping[str, Table] = labels_of(experiment)
         # Before anything is run, tuning included: a mistake in an axis must not cost its time.
-        planned = plan(
-            experiment, out, variants=curves(experiment, variants, space), workspace=space
-        )
-        check_runs(planned, watcher)
+        tuned = as_tuned(variants, out) if experiment.sweep.tune.trials else variants
+        likely = curves(experiment, tuned, space)
+        check_runs(plan(experiment, out, variants=likely, workspace=space), watcher)
         if experiment.sweep.tune.trials:
             batches = partial(do, jobs=jobs, watcher=watcher, workspace=space)
             variants = apply(tune(experiment, out, batches, watcher, space, variants), variants)
@@ -106,6 +106,13 @@ def run_sweep(
         write_index(experiment, runs, out)
         errors = do(runs, jobs, watcher, space)
     return SweepResult(experiment, out, runs, errors)
+
+
+def as_tuned(variants: Mapping[str, Table], out: Path) -> dict[str, Table]:
+    """Return labels with what an earlier command chose for them: its runs need no other check."""
+    found = read_tuning(out) or {"labels": {}}
+    chosen = {label: tuned["chosen"] for label, tuned in found["labels"].items()}
+    return {label: {**changes, **chosen.get(label, {})} for label, changes in variants.items()}
 
 
 def refuse_others(out: Path) -> None:

@@ -28,10 +28,11 @@ def swept(tiny):
 
 class Watching:
     def __init__(self):
-        self.begun, self.finished, self.seen = 0, [], []
+        self.begun, self.finished, self.seen, self.checked = 0, [], [], 0
 
     def checking(self, done, of):
         assert done < of
+        self.checked += 1
 
     def planned(self, runs, finished):
         self.begun, self.finished = len(runs), list(finished)
@@ -104,6 +105,18 @@ def test_a_repeated_sweep_does_nothing_and_an_extended_one_the_rest(swept, tmp_p
     assert [what for what in more.seen if what[1] == "done"] == [
         (label, "done") for label in ("fedavg", "alone") for _ in range(2)
     ]
+
+
+def test_a_repeated_tuned_sweep_checks_and_does_nothing(swept, tmp_path):
+    space = {"clients.training.lr": [0.05, 0.2]}
+    tune = {"trials": 2, "method": "grid", "seed": 9, "space": space}
+    table = {**swept.table(), "sweep": {"grid": {RATIO: [1.0]}, "tune": tune}}
+    first, again = Watching(), Watching()
+    run_sweep(experiment(table), tmp_path, watcher=first)
+    run_sweep(experiment(table), tmp_path, watcher=again)
+    trials = [(label, n, 2) for n in (1, 2) for label in ("fedavg", "alone")]
+    assert [seen for seen in first.seen if len(seen) == 3] == trials
+    assert again.seen == trials and first.checked == 2 and again.checked == 0
 
 
 def test_the_number_of_jobs_changes_nothing(swept, tmp_path):
