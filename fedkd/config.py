@@ -163,6 +163,11 @@ class Experiment:
     ] = dataclasses.field(default_factory=dict)
     sweep: Sweep = Sweep()
 
+    @property
+    def predict(self) -> str:
+        """The name of the predictor that this strategy is compared by."""
+        return str(self.strategy.options.get("predict", "personal"))
+
     def table(self) -> Table:
         """Return this experiment as nested tables that TOML can hold."""
         return _plain(self)

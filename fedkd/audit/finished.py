@@ -130,7 +130,7 @@ class Finished:
     @property
     def predict(self) -> str:
         """The name of the predictor that this strategy is compared by."""
-        return str(self.prepared.experiment.strategy.options.get("predict", "personal"))
+        return self.prepared.experiment.predict
 
     def teacher(self) -> BlockNet | None:
         """Return the global network, in evaluation mode; None where the strategy has none."""

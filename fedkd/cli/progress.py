@@ -109,7 +109,7 @@ class Tracker:
         s.accuracy = s.bits = math.nan
         self.folder, self._seen = folder, 0
         # The predictor by which this strategy is compared, as in the run's summary.
-        self._predict = str(cell.experiment.strategy.options.get("predict", "personal"))
+        self._predict = cell.experiment.predict
 
     def started(self, experiment: Experiment, first_round: int) -> None:
         """Begin the rounds of a run; those before ``first_round`` were done earlier."""

@@ -53,7 +53,7 @@ def sweep(
             view.end()
             if board.runs:
                 # What was refused makes none of these results.
-                remember(typed(arguments, over, together, seeds), place)
+                remember(typed(arguments, over, together, seeds, workspace), place)
     except KeyboardInterrupt:
         complain(
             f"stopped; {board.line() if board.runs else 'nothing was run'}. Nothing finished is "
@@ -146,17 +146,22 @@ def show(board: Board, quiet: bool) -> SweepLines:
 
 
 def typed(
-    arguments: Sequence[str], over: Sequence[str], together: Sequence[str], seeds: int | None
+    arguments: Sequence[str],
+    over: Sequence[str],
+    together: Sequence[str],
+    seeds: int | None,
+    workspace: Path,
 ) -> str:
     """Return the command as it could be typed again, without what changes no result.
 
-    >>> typed(["a.toml", "rounds=3"], ["seed=1,2"], [], 5)
-    'fedkd sweep a.toml rounds=3 --over seed=1,2 --seeds 5'
+    >>> typed(["a.toml", "rounds=3"], ["clients.count=5,9"], [], 5, Path("mine"))
+    'fedkd sweep a.toml rounds=3 --over clients.count=5,9 --seeds 5 --workspace mine'
     """
     words = ["fedkd", "sweep", *arguments]
     for option, texts in (("--over", over), ("--zip", together)):
         words += [word for text in texts for word in (option, text)]
-    return shlex.join([*words, *([] if seeds is None else ["--seeds", str(seeds)])])
+    words += [] if seeds is None else ["--seeds", str(seeds)]
+    return shlex.join([*words, *([] if workspace == Path() else ["--workspace", str(workspace)])])
 
 
 def remember(line: str, place: Path) -> None:

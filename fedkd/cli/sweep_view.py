@@ -162,9 +162,6 @@ class SweepLines:
         )
         self.note(f"tuning {label}, trial {number}/{trials}: {options}: {worth}")
 
-    def tick(self) -> None:
-        """Show nothing."""
-
     def note(self, text: str) -> None:
         """Write a line."""
         self._write(text)

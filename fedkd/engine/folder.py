@@ -84,11 +84,22 @@ class RunFolder:
             file.write(f"{stamp} {text}\n")
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the summary of a finished run, or None."""
+        """Return the summary of a finished run, or None.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
         file = self.path / "summary.json"
         if not file.exists():
             return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            _ = found["headline"]["readout"], found["headline"]["predict"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file} cannot be read ({error!r}); remove it: the command that made the run then "
+                "goes on with it"
+            ) from None
         return found
 
     def write_privacy(self, report: dict[str, Any]) -> None:

@@ -170,8 +170,7 @@ class Run:
 
     def headline(self) -> dict[str, str]:
         """Return the read-out and predictor that this strategy is compared by."""
-        predict = self.experiment.strategy.options.get("predict", "personal")
-        return {"readout": "composite", "predict": str(predict)}
+        return {"readout": "composite", "predict": self.experiment.predict}
 
     def client_state(self, k: int) -> Arrays:
         """Return a client's memory."""

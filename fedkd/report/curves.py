@@ -13,26 +13,21 @@ import numpy as np
 from fedkd.metrics.log import Log
 from fedkd.types import Record
 
-JUDGED = ("accuracy", "loss", "bits_per_character")
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Curves:
     """One run by round: R judged rounds, T played rounds, K clients; NaN where there is no value.
 
-    ``accuracy``, ``loss``, ``bits`` (R, K) are of the headline read-out on the clients' own test
-    data, ``validation`` (R, K) the accuracy on their validation data; ``bits`` is None unless the
-    run is of text. ``bytes_up``, ``bytes_down`` (T,) and ``seconds`` (T,) are of training,
-    ``seconds_judging`` (T,) of judging. ``took_part`` (T, K) says who trained, ``lost`` (T, K)
-    whose upload never came. ``epsilon`` and ``epsilon_clients`` (largest client) are by round,
-    finite ones only; ``clock`` (T,) is the simulated duration of a round in its own unit.
+    ``accuracy`` and ``bits`` (R, K) are of the headline read-out on the clients' own test data;
+    ``bits`` is None unless the run is of text. ``bytes_up``, ``bytes_down`` (T,) and ``seconds``
+    (T,) are of training, ``seconds_judging`` (T,) of judging. ``took_part`` (T, K) says who
+    trained, ``lost`` (T, K) whose upload never came. ``epsilon`` is by round, where it is finite;
+    ``clock`` (T,) is the simulated duration of a round in its own unit.
     """
 
     clients: int
     rounds: np.ndarray
     accuracy: np.ndarray
-    validation: np.ndarray
-    loss: np.ndarray
     bits: np.ndarray | None
     played: np.ndarray
     bytes_up: np.ndarray
@@ -43,9 +38,7 @@ class Curves:
     lost: np.ndarray
     clock: np.ndarray
     examples: np.ndarray
-    test_examples: np.ndarray
     epsilon: dict[int, float] = field(default_factory=dict)
-    epsilon_clients: dict[int, float] = field(default_factory=dict)
 
     def by_client(self, last_k: int) -> np.ndarray:
         """Return each client's accuracy (K,), mean of the last ``last_k`` judged rounds."""
@@ -75,24 +68,16 @@ def curves(records: Iterable[Record], clients: int, readout: str, predict: str) 
     ``stale`` is ``own`` with the last value carried over rounds in which a client sat out.
     """
     log = Log(clients, list(records))
-    source = "own" if readout == "stale" else readout
-    rounds = log.rounds("accuracy", source)
+    rounds = log.rounds("accuracy", "own" if readout == "stale" else readout)
     played = sorted({r.round for r in log.records if r.metric == "seconds" and r.round > 0})
-    tables = _tables(log, rounds, source, predict)
-    if readout == "stale":
-        for table in tables.values():
-            for i in range(1, len(table)):
-                table[i] = np.where(np.isnan(table[i]), table[i - 1], table[i])
-    accuracy = tables["test", "accuracy"]
+    accuracy = log.table("accuracy", "test", readout, predict)
+    bits = log.table("bits_per_character", "test", readout, predict)
     held = ~np.isnan(accuracy).all(axis=1)
-    bits = tables["test", "bits_per_character"]
     part, lost = _presence(log, played)
     return Curves(
         clients=clients,
         rounds=np.array(rounds, dtype=np.int64)[held],
         accuracy=accuracy[held],
-        validation=tables["validation", "accuracy"][held],
-        loss=tables["test", "loss"][held],
         bits=None if np.isnan(bits).all() else bits[held],
         played=np.array(played, dtype=np.int64),
         bytes_up=_series(log, "bytes_up", "train", played, 0.0),
@@ -103,29 +88,8 @@ def curves(records: Iterable[Record], clients: int, readout: str, predict: str) 
         lost=lost,
         clock=_series(log, "clock", "simulated", played, np.nan),
         examples=log.by_client("examples", "train"),
-        test_examples=log.by_client("examples", "test"),
         epsilon=log.series("epsilon", "privacy"),
-        epsilon_clients=log.series("epsilon/largest_client", "privacy"),
     )
-
-
-def _tables(
-    log: Log, rounds: Sequence[int], source: str, predict: str
-) -> dict[tuple[str, str], np.ndarray]:
-    """Return what was judged by (split, metric), each (R, K), in one pass over the records."""
-    row = {round_: i for i, round_ in enumerate(rounds)}
-    tables = {
-        (split, metric): np.full((len(rounds), log.clients), np.nan)
-        for split in ("test", "validation")
-        for metric in JUDGED
-    }
-    for r in log.records:
-        if r.client < 0 or r.readout != source or r.predict != predict:
-            continue
-        table = tables.get((r.split, r.metric))
-        if table is not None and r.round in row:
-            table[row[r.round], r.client] = r.value
-    return tables
 
 
 def _presence(log: Log, played: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,6 @@ from fedkd.metrics.log import Log
 from fedkd.metrics.summary import summarise
 from fedkd.report import runs as single
 from fedkd.sweep.failed import reason_of
-from fedkd.sweep.finished import summary_of
 from fedkd.sweep.plan import CONFIG, INDEX, labels_of, read_index
 from fedkd.sweep.tuning import read_tuning
 
@@ -112,7 +111,7 @@ def _entry(
     label: str, point: Table, seed: int, folder: Path, partial: bool, base: Experiment
 ) -> Entry:
     run = RunFolder(folder)
-    summary = summary_of(folder)
+    summary = run.summary()
     if summary is not None:
         done = int(summary.get("rounds", 0))
         return Entry(label, point, seed, folder, "finished", summary, "", done, base)
@@ -135,7 +134,7 @@ def _entry(
 
 def _so_far(experiment: Experiment, log: Log) -> dict[str, Any] | None:
     """Return a summary of an unfinished run, in the form of a finished one's."""
-    predict = str(experiment.strategy.options.get("predict", "personal"))
+    predict = experiment.predict
     made = summarise(log, experiment.evaluate.last_k)
     if predict not in made["readouts"].get("composite", {}):
         return None

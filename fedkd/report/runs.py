@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from fedkd.config import Experiment, experiment
-from fedkd.engine.folder import read_records
+from fedkd.engine.folder import RunFolder, read_records
 from fedkd.engine.study import CellResult, StudyResult, folders
 from fedkd.errors import ConfigError
 from fedkd.metrics.log import Log
 from fedkd.report.curves import Curves, curves
-from fedkd.sweep.finished import summary_of
 from fedkd.types import Record
 
 STUDY, RUN = "study.toml", "config.toml"
@@ -170,7 +169,7 @@ def load(folder: str | Path, workspace: Path | None = None) -> StudyResult:
     cells = list(config.cells(workspace))
     study = StudyResult(config, place)
     for cell, path in zip(cells, folders(cells, place), strict=True):
-        summary = summary_of(path)
+        summary = RunFolder(path).summary()
         error = "" if summary else f"not finished; fedkd run --resume --out {place}"
         study.cells.append(CellResult(cell.label, cell.seed, path, summary, error))
     return study

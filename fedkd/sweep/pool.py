@@ -23,8 +23,6 @@ from fedkd.sweep.plan import PlannedRun
 from fedkd.sweep.worker import Told, run_one, serve, shared
 
 Listener = Callable[[PlannedRun, Told], None]
-TICK = 0.5
-"""Seconds between looks at the clock, for whoever draws the time that is left."""
 
 
 def threads_of(jobs: int) -> int:
@@ -37,7 +35,6 @@ def run_all(
     jobs: int,
     listen: Listener,
     workspace: Path,
-    tick: Callable[[], None] = lambda: None,
 ) -> None:
     """Do all runs, ``jobs`` at a time, in order; tell ``listen`` how each goes.
 
@@ -54,13 +51,12 @@ def run_all(
         for worker in crew:
             worker.give(waiting.pop())
         while any(worker.run for worker in crew):
-            ready = wait([w.connection for w in crew if w.run], timeout=TICK)
+            ready = wait([w.connection for w in crew if w.run])
             for worker in crew:
                 if worker.connection in ready:
                     worker.hear(listen)
                 if worker.run is None and waiting:
                     worker.give(waiting.pop())
-            tick()
     finally:
         for worker in crew:
             worker.stop()

@@ -14,12 +14,12 @@ from typing import Protocol
 
 from fedkd.axes import Table
 from fedkd.config import Cell, Experiment
+from fedkd.engine.folder import RunFolder
 from fedkd.engine.lock import locked
 from fedkd.engine.setup import load_workspace, prepare
 from fedkd.engine.study import check
 from fedkd.errors import ConfigError
 from fedkd.sweep import privacy_curves
-from fedkd.sweep.finished import summary_of
 from fedkd.sweep.plan import INDEX, PlannedRun, labels_of, plan, write_index
 from fedkd.sweep.pool import run_all
 from fedkd.sweep.trials import Trial
@@ -48,9 +48,6 @@ class SweepWatcher(Protocol):
 
     def told(self, run: PlannedRun, told: Told) -> None:
         """Take note of a round, of a result or of a failure."""
-
-    def tick(self) -> None:
-        """Draw the time that is left."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ def check_runs(runs: Sequence[PlannedRun], watcher: SweepWatcher | None = None) 
     Raises:
         ConfigError: with label and point.
     """
-    missing = [run for run in runs if summary_of(run.folder) is None]
+    missing = [run for run in runs if RunFolder(run.folder).summary() is None]
     places = len({run.place for run in missing})
     done = 0
 
@@ -175,7 +172,7 @@ def do(
 ) -> dict[str, str]:
     """Do the runs that are missing, and return why some have no result, by digest."""
     each = {run.digest: run for run in runs}
-    finished = [d for d, run in each.items() if summary_of(run.folder) is not None]
+    finished = [d for d, run in each.items() if RunFolder(run.folder).summary() is not None]
     if watcher is not None:
         watcher.planned(runs, finished)
     errors: dict[str, str] = {}
@@ -187,5 +184,5 @@ def do(
             watcher.told(run, told)
 
     missing = [run for digest, run in each.items() if digest not in set(finished)]
-    run_all(missing, jobs, listen, workspace, watcher.tick if watcher else lambda: None)
+    run_all(missing, jobs, listen, workspace)
     return errors

@@ -12,7 +12,6 @@ from fedkd.config import Experiment
 from fedkd.engine.folder import RunFolder, read_records
 from fedkd.errors import ConfigError, RunError
 from fedkd.metrics.log import Log
-from fedkd.sweep.finished import summary_of
 from fedkd.sweep.plan import PlannedRun
 from fedkd.sweep.tune_rules import space_of
 
@@ -89,7 +88,7 @@ def validation(folder: Path, experiment: Experiment) -> float:
         RunError: the run is not finished, or nobody holds validation examples.
     """
     run = RunFolder(folder)
-    summary = summary_of(folder)
+    summary = run.summary()
     if summary is None:
         raise RunError("it did not finish")
     log = Log(experiment.clients.count)

@@ -29,38 +29,31 @@ Told = tuple[Kind, dict[str, Any]]
 class Messenger:
     """Tells a listener of every round of a run: the watcher of :func:`fedkd.run`."""
 
-    def __init__(self, tell: Any, rounds: int, predict: str) -> None:
-        self.tell, self.rounds, self.predict = tell, rounds, predict
-        self._seen, self._bytes, self._accuracy = 0, 0.0, float("nan")
+    def __init__(self, tell: Any) -> None:
+        self.tell, self.predict = tell, ""
+        self._seen, self._accuracy = 0, float("nan")
 
     def started(self, experiment: Experiment, first_round: int) -> None:
         """Say with which round the run begins."""
-        self.tell(("round", self._at(first_round - 1, ())))
+        self.predict = experiment.predict
+        self._tell(first_round - 1, ())
 
     def finished_round(self, round_: int, log: Log, failures: Sequence[str]) -> None:
         """Say what a round came to."""
-        judged: list[float] = []
-        for r in log.records[self._seen :]:
-            if r.metric in ("bytes_up", "bytes_down") and r.split == "train":
-                self._bytes += r.value
-            elif (r.metric, r.split, r.readout, r.predict) == (
-                *("accuracy", "test", "composite"),
-                self.predict,
-            ) and r.round == round_:
-                judged.append(r.value)
+        wanted = (round_, "accuracy", "test", "composite", self.predict)
+        judged = [
+            r.value
+            for r in log.records[self._seen :]
+            if (r.round, r.metric, r.split, r.readout, r.predict) == wanted
+        ]
         self._seen = len(log.records)
         if judged:
             self._accuracy = sum(judged) / len(judged)
-        self.tell(("round", self._at(round_, failures)))
+        self._tell(round_, failures)
 
-    def _at(self, round_: int, failures: Sequence[str]) -> dict[str, Any]:
-        return {
-            "round": round_,
-            "rounds": self.rounds,
-            "accuracy": self._accuracy,
-            "bytes": self._bytes,
-            "failures": list(failures),
-        }
+    def _tell(self, round_: int, failures: Sequence[str]) -> None:
+        said = {"round": round_, "accuracy": self._accuracy, "failures": list(failures)}
+        self.tell(("round", said))
 
 
 def run_one(experiment: Experiment, folder: Path, tell: Any) -> None:
@@ -70,11 +63,10 @@ def run_one(experiment: Experiment, folder: Path, tell: Any) -> None:
     """
     from fedkd.engine.simulation import run
 
-    predict = str(experiment.strategy.options.get("predict", "personal"))
     try:
         forget_reason(folder)
-        watcher, begun = Messenger(tell, experiment.rounds, predict), RunFolder(folder).exists()
-        summary = run(experiment, folder, resume=begun, watcher=watcher, patience=PATIENCE)
+        begun = RunFolder(folder).exists()
+        summary = run(experiment, folder, resume=begun, watcher=Messenger(tell), patience=PATIENCE)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -25,8 +25,6 @@ def made(accuracy, rounds=None, bits=None, up=10.0):
         clients=clients,
         rounds=judged,
         accuracy=accuracy,
-        validation=accuracy,
-        loss=accuracy,
         bits=None if bits is None else np.asarray(bits, dtype=float),
         played=played,
         bytes_up=np.full(len(played), up),
@@ -37,7 +35,6 @@ def made(accuracy, rounds=None, bits=None, up=10.0):
         lost=nobody,
         clock=none,
         examples=np.ones(clients),
-        test_examples=np.ones(clients),
     )
 
 

@@ -162,11 +162,10 @@ def run_of(clients: int, rounds: int) -> Curves:
     shape, every = (rounds, clients), np.arange(1, rounds + 1)
     half = np.full(shape, 0.5)
     return Curves(
-        clients=clients, rounds=every, accuracy=half, validation=half, loss=half, bits=None,
+        clients=clients, rounds=every, accuracy=half, bits=None,
         played=every, bytes_up=np.ones(rounds), bytes_down=np.ones(rounds),
         seconds=np.ones(rounds), seconds_judging=np.ones(rounds), took_part=half > 0,
         lost=half > 1, clock=np.ones(rounds), examples=np.ones(clients),
-        test_examples=np.ones(clients),
     )  # fmt: skip
 
 

@@ -43,9 +43,6 @@ class Watching:
     def told(self, run, told):
         self.seen.append((run.label, told[0]))
 
-    def tick(self):
-        pass
-
 
 def results(folder):
     """Every record of every run but times, by digest."""

@@ -54,11 +54,11 @@ def curves(seed: int, ratio: float, skill: float, sent: float, judged: int = 4) 
     accuracy[:, 0] = np.nan
     part = rng.random((judged, 6)) < ratio
     return Curves(
-        clients=6, rounds=played, accuracy=accuracy, validation=accuracy, loss=1 - accuracy,
+        clients=6, rounds=played, accuracy=accuracy,
         bits=None, played=played, bytes_up=np.full(judged, sent * ratio),
         bytes_down=np.full(judged, sent * ratio), seconds=np.ones(judged),
         seconds_judging=np.ones(judged), took_part=part, lost=np.zeros_like(part),
-        clock=np.full(judged, np.nan), examples=np.full(6, 10.0), test_examples=np.full(6, 5.0),
+        clock=np.full(judged, np.nan), examples=np.full(6, 10.0),
     )  # fmt: skip
 
 

@@ -272,9 +272,6 @@ class Kills:
     def trial_finished(self, *what):
         pass
 
-    def tick(self):
-        pass
-
     def told(self, run, told):
         self.told_.append((run.digest, told[0]))
         if told[0] == "round" and not self.killed:

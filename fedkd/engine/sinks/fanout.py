@@ -88,13 +88,12 @@ class Sinks:
     def _start(self, first_round: int, memory: dict[str, str]) -> Start:
         config = self.experiment
         table = {k: v for k, v in config.table().items() if k not in NOT_SETTINGS}
-        predict = config.strategy.options.get("predict", "personal")
         return Start(
             name=config.name,
             title=f"{config.strategy.name}, seed {config.seed}",
             digest=config.digest(),
             settings=flat(table),
-            headline=f"composite/{predict}/test/accuracy",
+            headline=f"composite/{config.predict}/test/accuracy",
             folder=self.folder.path.resolve(),
             home=_home(self.folder.path.resolve()),
             first_round=first_round,
