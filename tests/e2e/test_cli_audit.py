@@ -239,10 +239,14 @@ def test_a_run_without_canaries_or_end_is_refused(here, capsys):
     assert main(["run", "leak.toml", "canaries.kind=none", "--out", "clean", "-q"]) == 0
     refused(capsys, ["clean"], 2, "no canary was planted in the run in clean")
     assert main(["run", "leak.toml", "--out", "half", "-q"]) == 0
-    (here / "half" / "summary.json").unlink()
+    summary = here / "half" / "summary.json"
+    whole = summary.read_text()
+    summary.unlink()
     refused(capsys, ["half"], 2, "not finished", "--resume")
+    summary.write_text("{}")
+    refused(capsys, ["half"], 2, "summary.json cannot be read")
+    summary.write_text(whole)
     (here / "half" / "canaries.json").unlink()
-    (here / "half" / "summary.json").write_text("{}")
     refused(capsys, ["half"], 2, "canaries.json cannot be read")
 
 
