@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkd.clients.dp_sgd import DpSgd
-from fedkd.clients.local import FitResult, Term, fit
+from fedkd.clients.local import FitResult, Fitter, Term, fit
 from fedkd.clients.training import Training
 from fedkd.data.federated import ClientData, Split
 from fedkd.errors import RunError
@@ -34,7 +34,8 @@ class Client:
     Under a privacy plan ``dp`` makes :meth:`fit` on own data private, ``release`` noises knowledge
     beside weights, and ``spent`` lists what own data paid in this round, as (noise multiplier,
     sampling rate, steps). ``temperatures`` (n,) of own training examples and
-    ``public_temperatures`` (Q,) of the pool belong to ``swing``.
+    ``public_temperatures`` (Q,) of the pool belong to ``swing``. ``fitter`` is the one loop, or
+    what an executor has for it.
     """
 
     info: ClientInfo
@@ -54,6 +55,7 @@ class Client:
     public_temperatures: Tensor | None = None
     swing: Any = None
     fitted: set[str] = field(default_factory=set)
+    fitter: Fitter = fit
 
     @property
     def task(self) -> Task:
@@ -93,7 +95,7 @@ class Client:
                     "same coins and noise; give each call of fit its own purpose"
                 )
             self.fitted.add(purpose)
-        result = fit(model, chosen, terms, training, lr, self.rng(purpose), dp)
+        result = self.fitter(model, chosen, terms, training, lr, self.rng(purpose), dp)
         if result.private is not None:
             self.spent.append(result.private)
         return result

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class Batch:
     """One step's examples and what the network made of them.
 
     ``x`` (B, ...), ``y`` (B,), ``index`` (B,) positions in the split, ``logits`` (B, C),
-    ``features`` the pooled outputs (B, d) of the blocks that some term asked for.
+    ``features`` the pooled outputs (B, d) of the blocks that some term asked for. ``weights`` are
+    those of several clients, stacked (K, ...), where a :meth:`Term.merged` one is asked.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class Batch:
     index: Tensor
     logits: Tensor
     features: dict[str, Tensor]
+    weights: dict[str, Tensor] | None = None
 
 
 class Term(ABC):
@@ -67,6 +69,15 @@ class Term(ABC):
         """Return trainable modules of the term's own, such as heads beside the network."""
         return ()
 
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        """Return one term for several clients' examples, in the order given; None: impossible.
+
+        Rows of its batches come from all of them: ``batch.index`` counts through the union of
+        ``data``. A ``weights-only`` term reads ``batch.weights``, (K, ...) by name, and gives (K,).
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -80,6 +91,22 @@ class FitResult:
     examples: int
     losses: dict[str, float] = field(default_factory=dict)
     private: tuple[float, float, int] | None = None
+
+
+class Fitter(Protocol):
+    """What trains a network as :func:`fit` does, for instance many clients' networks at once."""
+
+    def __call__(
+        self,
+        model: BlockNet,
+        data: Split,
+        terms: Sequence[Term],
+        training: Training,
+        lr: float,
+        rng: Rng,
+        dp: DpSgd | None = None,
+    ) -> FitResult:
+        """Train ``model`` in place; see :func:`fit`."""
 
 
 def fit(
