@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedkd.axes import STRATEGY, Sweep, named
 from fedkd.clients.participation import Participation
 from fedkd.clients.training import Training
 from fedkd.errors import ConfigError
+from fedkd.metrics.options import Evaluate
 from fedkd.options import Count, Names, Numbers, build, options
 from fedkd.presets import preset
 from fedkd.privacy.auditing.options import Audit
@@ -108,12 +109,18 @@ class Clients:
 
 @options
 class Engine:
-    """How a run is carried out; nothing here changes a result."""
+    """How a run is carried out; nothing here changes a result, but for cohort's last bits."""
 
     executor: Annotated[
-        str, Field(description="auto, serial (debuggable) or thread (bit-identical, faster)")
+        str,
+        Field(
+            description="serial (debuggable), thread or process (bit-identical to it), cohort "
+            "(clients as one stacked model; other last bits), or auto: by the experiment"
+        ),
     ] = "auto"
-    workers: Annotated[int, Field(ge=0, description="worker threads; 0: one for each core")] = 0
+    workers: Annotated[
+        int, Field(ge=0, description="worker threads or processes; 0: one for each core")
+    ] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where tensors live")] = (
         "auto"
     )
@@ -122,20 +129,6 @@ class Engine:
         Names,
         Field(description="where values go beside metrics.jsonl: tensorboard, mlflow, wandb"),
     ] = ()
-
-
-@options
-class Evaluate:
-    """When and on what clients are judged."""
-
-    every: Annotated[Count, Field(description="rounds between evaluations; the last always")] = 1
-    last_k: Annotated[Count, Field(description="evaluations in the mean of the last k")] = 5
-    global_every: Annotated[
-        int, Field(ge=0, description="rounds between global-test evaluations; 0: the last only")
-    ] = 0
-    global_per_class: Annotated[
-        int, Field(ge=0, description="global test examples of each class; 0: all")
-    ] = 100
 
 
 @options
@@ -163,6 +156,16 @@ class Experiment:
     ] = dataclasses.field(default_factory=dict)
     sweep: Sweep = Sweep()
 
+    @model_validator(mode="after")
+    def _exact(self) -> Experiment:
+        if self.privacy.unit == "example" and self.clients.training.precision != "float32":
+            raise ValueError(
+                f"clients.training.precision = {self.clients.training.precision!r} with "
+                "privacy.unit = 'example': DP-SGD needs gradients in float32; set "
+                "clients.training.precision = 'float32', or privacy.unit = 'client'"
+            )
+        return self
+
     @property
     def predict(self) -> str:
         """The name of the predictor that this strategy is compared by."""
@@ -187,6 +190,13 @@ class Experiment:
             # A federation without canaries is what it was before there were any.
             del table["canaries"]
         table["clients"]["participation"] = self.clients.participation.identity()
+        if self.privacy.unit != "example":
+            # Where there is no DP-SGD, how it would be computed is nothing.
+            table["privacy"]["dp_sgd"]["grad_sample_mode"] = "hooks"
+        table["evaluate"] = self.evaluate.identity()
+        if self.clients.training.precision == "float32":
+            # So was every loop before there was a choice.
+            del table["clients"]["training"]["precision"]
         if self.data.manifest and Path(self.data.manifest).is_file():
             content = Path(self.data.manifest).read_bytes()
             table["data"]["manifest"] = hashlib.sha256(content).hexdigest()

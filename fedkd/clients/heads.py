@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkd.clients.chunk import rows_at_once
-from fedkd.clients.client import Client, Predictor
+from fedkd.clients.client import ByNetworks, Client, Predictor
 from fedkd.clients.local import Batch, Term, fit
 from fedkd.clients.terms import Distil, Supervised
 from fedkd.clients.training import Training
@@ -37,7 +37,6 @@ def make_head(size: int, hidden: int, classes: int, rng: Rng, weights: Arrays) -
     with torch.device("meta"):
         first = nn.Sequential(nn.Linear(size, hidden), nn.ReLU()) if hidden else nn.Identity()
         head = BlockNet({"hidden": first}, nn.Linear(hidden or size, classes))
-    head.to_empty(device="cpu")
     initialise(head, rng)
     load(head, weights)
     return head
@@ -121,8 +120,6 @@ def with_heads(
     with the client's ``own`` heads, the control that no communication is needed for.
     """
     at = frozenset({*own, *shared})
-    for module in (model, *own.values(), *shared.values()):
-        module.eval()
 
     def predict(x: Tensor) -> dict[str, Tensor]:
         if not at:
@@ -137,7 +134,8 @@ def with_heads(
             found["own_heads"] = mixed([logits, *(h(features[b]) for b, h in own.items())])
         return found
 
-    return predict
+    rule = f"heads own={','.join(own)} shared={','.join(shared)}" if at else "personal"
+    return ByNetworks(rule, (model, *own.values(), *shared.values()), predict)
 
 
 def mixed(logits: Sequence[Tensor]) -> Tensor:

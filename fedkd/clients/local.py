@@ -6,18 +6,20 @@ so there is no loader to configure wrongly and no order that depends on workers.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count, islice
 from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 
 from fedkd.clients.dp_sgd import DpSgd, Summands, poisson, private, rate_of, steps_of
+from fedkd.clients.lean import clipped, update_for
 from fedkd.clients.training import Training, frozen
 from fedkd.data.federated import Split
 from fedkd.errors import ConfigError, RunError
@@ -25,7 +27,7 @@ from fedkd.models.base import BlockNet
 from fedkd.rng import Rng
 
 DpClass = Literal["per-example", "weights-only", "batch-coupled"]
-Step = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Drawn = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
@@ -60,6 +62,10 @@ class Term(ABC):
     @abstractmethod
     def __call__(self, batch: Batch) -> Tensor:
         """Return the loss of each example (B,), or a scalar for ``weights-only`` terms."""
+
+    def mean(self, batch: Batch) -> Tensor:
+        """Return the mean of the losses of the batch, a scalar: what a step descends."""
+        return self(batch).mean()
 
     def at(self) -> frozenset[str]:
         """Return the blocks whose features this term reads."""
@@ -133,6 +139,12 @@ def fit(
     """
     if len(data) == 0 or not terms:
         return FitResult(0, 0)
+    if dp is not None and training.precision != "float32":
+        raise ConfigError(
+            f"DP-SGD with clients.training.precision = {training.precision!r}: clipping and noise "
+            "are proved and tested for gradients in float32; set it to 'float32', or "
+            "privacy.unit = 'client'"
+        )
     parts = [model, *(module for term in terms for module in term.modules())]
     with ExitStack() as during:
         during.enter_context(frozen(model, training.frozen))
@@ -144,76 +156,162 @@ def fit(
                 "clients.training.frozen"
             )
         parameters = list(named.values())
-        optimizer = training.make(parameters, lr)
         for part in parts:
             part.train()
+        tally = Tally()
         if dp is None:
-            step: Step = partial(_plain_step, Losses(model, terms), optimizer, parameters)
-            drawn = _epochs(data, training, rng)
+            losses = Losses(model, terms, training.precision == "bf16")
+            _plain_steps(losses, _epochs(data, training, rng), parameters, training, lr, tally)
         else:
             terms, own, apart = _summands(model, terms)
             expected = rate_of(training, len(data)) * len(data)
-            step = during.enter_context(private(parts, optimizer, own, apart, dp, expected, rng))
-            drawn = poisson(data, training, rng)
-        sums = torch.zeros(len(terms))
-        steps = examples = 0
-        for x, y, index in drawn:
-            sums += step(x, y, index, training.max_grad_norm)
-            steps, examples = steps + 1, examples + len(y)
+            step = during.enter_context(
+                private(parts, parameters, training, lr, own, apart, dp, expected, rng)
+            )
+            for x, y, index in poisson(data, training, rng):
+                tally.add([step(x, y, index, training.max_grad_norm)], len(y), summed=True)
     # The loss of the last step says nothing about the weights that it left behind.
-    finite = torch.stack([torch.isfinite(p).all() for p in parameters]).all()
-    if not (finite and torch.isfinite(sums).all()):
+    sums, finite = _ending(tally, parameters)
+    seen = tally.steps, tally.examples
+    return finished(terms, training, lr, len(data), dp, *seen, sums, finite)
+
+
+class Tally:
+    """Sums of losses over examples: kept where they arise, and looked at once, at the end.
+
+    A look at a number waits for the device, and an addition costs a small network as much as a
+    layer. Every so often they are added up, so that a long fit does not hold all of them.
+    """
+
+    often = 512
+
+    def __init__(self) -> None:
+        self.steps = self.examples = 0
+        self._losses: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._sums: Tensor | None = None
+
+    def add(self, losses: Sequence[Tensor], examples: int, summed: bool = False) -> None:
+        """Note a step: a mean over its examples of each term, or one tensor of sums (J,)."""
+        self.steps += 1
+        self.examples += examples
+        self._losses += losses
+        self._sizes.append(1 if summed else examples)
+        if len(self._sizes) == self.often:
+            self._fold()
+
+    def sums(self) -> Tensor:
+        """Return the sum over all examples of each term's loss (J,), float64 on the device."""
+        if self._sizes:
+            self._fold()
+        return torch.zeros(0, dtype=torch.float64) if self._sums is None else self._sums
+
+    def _fold(self) -> None:
+        found = torch.stack(self._losses).detach().double().view(len(self._sizes), -1)
+        sizes = torch.tensor(self._sizes, dtype=torch.float64, device=found.device)
+        sums = sizes @ found
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._losses, self._sizes = [], []
+
+
+def _plain_steps(
+    losses: Losses,
+    drawn: Drawn,
+    parameters: list[nn.Parameter],
+    training: Training,
+    lr: float,
+    tally: Tally,
+) -> None:
+    """Take one gradient step a batch."""
+    update, bound = update_for(training, parameters, lr), training.max_grad_norm
+    for x, y, index in drawn:
+        means = losses.means(x, y, index)
+        parts = [
+            mean if term.weight == 1.0 else mean * term.weight
+            for mean, term in zip(means, losses.terms, strict=True)
+        ]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        gradients = grad(total, parameters, allow_unused=True)
+        update(clipped(gradients, bound) if bound else gradients)
+        tally.add([mean.detach() for mean in means], y.shape[0])
+
+
+def _ending(tally: Tally, parameters: Sequence[nn.Parameter]) -> tuple[list[float], bool]:
+    """Return the sums of a tally and whether the weights are finite, by one look at the device."""
+    sums, weights = tally.sums(), [p.detach() for p in parameters]
+    norm = torch.stack(torch._foreach_norm(weights)).sum().to(sums.dtype)
+    *found, size = torch.cat([sums.to(norm.device), norm[None]]).tolist()
+    # A norm may overflow where no weight does: then they are looked at one by one.
+    return found, math.isfinite(size) or all(bool(torch.isfinite(w).all()) for w in weights)
+
+
+def finished(
+    terms: Sequence[Term],
+    training: Training,
+    lr: float,
+    n: int,
+    dp: DpSgd | None,
+    steps: int,
+    examples: int,
+    sums: Sequence[float],
+    finite: bool,
+) -> FitResult:
+    """Return the result of a fit on ``n`` examples of which ``examples`` were seen, some again.
+
+    ``sums`` are those of each term's loss over them; ``finite``: whether the weights are.
+
+    Raises:
+        RunError: the losses or the weights are not finite.
+    """
+    if not (finite and all(map(math.isfinite, sums))):
         raise RunError(
             f"training diverged: loss or weights are not finite after {steps} steps; lower "
             f"clients.training.lr (now {lr:.4g}) or set clients.training.max_grad_norm = 2.0"
         )
     by_name: dict[str, list[float]] = {}
-    for term, mean in zip(terms, (sums / examples).tolist() if examples else (), strict=False):
-        by_name.setdefault(term.name, []).append(mean)
+    for term, total in zip(terms, sums if examples else (), strict=False):
+        by_name.setdefault(term.name, []).append(total / examples)
     losses = {k: sum(v) / len(v) for k, v in by_name.items()}
-    paid = None if dp is None else (dp.noise_multiplier, rate_of(training, len(data)), steps)
+    paid = None if dp is None else (dp.noise_multiplier, rate_of(training, n), steps)
     return FitResult(steps, examples, losses, paid)
 
 
 class Losses:
-    """The terms on a batch (x, y, index), as they come; without an example, no network is run."""
+    """The terms on a batch (x, y, index), as they come; without an example, no network is run.
 
-    def __init__(self, model: BlockNet, terms: Sequence[Term]) -> None:
-        self.model, self.terms = model, terms
+    With ``half`` networks run in bfloat16; what they return is float32, and so are the means.
+    """
+
+    def __init__(self, model: BlockNet, terms: Sequence[Term], half: bool = False) -> None:
+        self.model, self.terms, self.half = model, terms, half
         self.at = frozenset().union(*(term.at() for term in terms))
 
     def __call__(self, x: Tensor, y: Tensor, index: Tensor) -> list[Tensor]:
+        batch = self._batch(x, y, index)
+        return [term(batch) for term in self.terms]
+
+    def means(self, x: Tensor, y: Tensor, index: Tensor) -> list[Tensor]:
+        """Return the mean over the batch of each term."""
+        if not self.half:
+            batch = self._batch(x, y, index)
+            return [term.mean(batch) for term in self.terms]
+        with torch.autocast(x.device.type, torch.bfloat16):
+            batch = self._batch(x, y, index)
+            batch.logits = batch.logits.float()
+            batch.features = {at: found.float() for at, found in batch.features.items()}
+            return [term.mean(batch).float() for term in self.terms]
+
+    def _batch(self, x: Tensor, y: Tensor, index: Tensor) -> Batch:
         features: dict[str, Tensor] = {}
-        if not len(y):
+        if not y.shape[0]:
             logits = x.new_zeros(0, 0)
         elif self.at:
             logits, features = self.model.forward_with_features(x, self.at)
         else:
             logits = self.model(x)
-        batch = Batch(x, y, index, logits, features)
-        return [term(batch) for term in self.terms]
-
-
-def _plain_step(
-    evaluate: Losses,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    x: Tensor,
-    y: Tensor,
-    index: Tensor,
-    max_norm: float,
-) -> Tensor:
-    """Take one gradient step; return the sum over examples of each term's loss (J,)."""
-    losses = [loss.mean() for loss in evaluate(x, y, index)]
-    total = losses[0] * evaluate.terms[0].weight
-    for loss, term in zip(losses[1:], evaluate.terms[1:], strict=True):
-        total = total + loss * term.weight
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    if max_norm:
-        nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.step()
-    return torch.stack([loss.detach() for loss in losses]).cpu() * len(y)
+        return Batch(x, y, index, logits, features)
 
 
 def _summands(model: BlockNet, terms: Sequence[Term]) -> tuple[list[Term], Summands, Summands]:
@@ -238,7 +336,7 @@ def _summands(model: BlockNet, terms: Sequence[Term]) -> tuple[list[Term], Summa
     return [*own, *apart], sides[0], sides[1]
 
 
-def _epochs(data: Split, training: Training, rng: Rng) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _epochs(data: Split, training: Training, rng: Rng) -> Drawn:
     """Yield the batches of one fit, epoch after epoch."""
     endless = (
         batch
@@ -251,8 +349,13 @@ def _epochs(data: Split, training: Training, rng: Rng) -> Iterator[tuple[Tensor,
 def batches(data: Split, size: int, rng: Rng) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return one epoch of ``data`` as (x, y, index) batches in the order of ``rng``."""
     order = torch.randperm(len(data), generator=rng.torch()).to(data.y.device)
-    x = data.x.index_select(0, order)
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    y = data.y.index_select(0, order)
+    x, y = _rows(data.x, order), data.y.index_select(0, order)
     return list(zip(x.split(size), y.split(size), order.split(size), strict=True))
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """Return the examples in another order; images channels last, by one copy if they are so."""
+    if x.dim() == 4 and x.shape[1] > 1:
+        return x.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
+    x = x.index_select(0, order)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x

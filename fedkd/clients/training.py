@@ -40,6 +40,13 @@ class Training:
     max_grad_norm: Annotated[
         NonNegative, Field(description="clip the joint gradient norm of a step; 0 does not clip")
     ] = 0.0
+    precision: Annotated[
+        Literal["float32", "bf16"],
+        Field(
+            description="bf16: networks and losses under autocast to bfloat16, weights and updates "
+            "in float32; other mathematics, and faster only where the hardware has it"
+        ),
+    ] = "float32"
     frozen: Annotated[
         Names, Field(description="blocks (or head) that stay at the weights they start from")
     ] = ()
@@ -77,7 +84,9 @@ def frozen(model: BlockNet, blocks: Collection[str]) -> Iterator[None]:
     for block in blocks:
         if block not in model.names:
             raise unknown("block", block, model.names, "clients.training.frozen")
-    held = [p for n, p in model.named_parameters() if block_of(n) in blocks and p.requires_grad]
+    held = []
+    if blocks:
+        held = [p for n, p in model.named_parameters() if block_of(n) in blocks and p.requires_grad]
     try:
         for p in held:
             p.requires_grad_(False)

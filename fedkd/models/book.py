@@ -6,15 +6,15 @@ sending them, and clients of one architecture start alike.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from fedkd.models.base import BlockNet, block_of, build
+from fedkd.models.mould import Mould, fill
 from fedkd.rng import stream
 from fedkd.types import Arrays, Task
 
@@ -26,12 +26,19 @@ class ModelBook:
         task: what is learned.
         specs: label -> (model name, options), for instance ``{"cnn": ("cnn", {})}``.
         seed: the run's seed; it addresses the initial weights.
+        dtype: the type of all weights; their initial values are drawn in float32.
     """
 
-    def __init__(self, task: Task, specs: Mapping[str, tuple[str, Mapping[str, Any]]], seed: int):
-        self.task, self.specs, self.seed = task, dict(specs), seed
+    def __init__(
+        self,
+        task: Task,
+        specs: Mapping[str, tuple[str, Mapping[str, Any]]],
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.task, self.specs, self.seed, self.dtype = task, dict(specs), seed, dtype
         self._initial: dict[str, Arrays] = {}
-        self._prototypes: dict[str, BlockNet] = {}
+        self._moulds: dict[str, Mould] = {}
         self._lock = threading.Lock()
 
     @property
@@ -42,7 +49,7 @@ class ModelBook:
     def initial(self, label: str) -> Arrays:
         """Return the initial weights of an architecture; shared, not to be changed."""
         with self._lock:
-            self._prototype(label)
+            self._mould(label)
             return self._initial[label]
 
     def make(self, label: str, *sources: Arrays, device: torch.device | str = "cpu") -> BlockNet:
@@ -56,10 +63,8 @@ class ModelBook:
         weights = dict(self.initial(label))
         for source in sources:
             weights.update({key: value for key, value in source.items() if key in weights})
-        with self._lock:
-            model = copy.deepcopy(self._prototype(label))
-        load(model, weights)
-        return model.to(device)
+        model = cast(BlockNet, self._moulds[label].cast(weights))
+        return model if torch.device(device).type == "cpu" else model.to(device)
 
     def blocks(self, label: str) -> tuple[str, ...]:
         """Return the block names from shallow to deep, ``head`` last."""
@@ -70,22 +75,20 @@ class ModelBook:
         """Return the shape of every weight of an architecture."""
         return {key: value.shape for key, value in self.initial(label).items()}
 
-    def _prototype(self, label: str) -> BlockNet:
-        """Return the network that others are copied from: copying is cheaper than building."""
-        if label not in self._prototypes:
+    def _mould(self, label: str) -> Mould:
+        """Return what networks are cast from: that is cheaper than building them."""
+        if label not in self._moulds:
             name, options = self.specs[label]
             rng = stream(self.seed, "model", name)
-            self._prototypes[label] = build(name, options, self.task, rng)
-            self._initial[label] = to_arrays(self._prototypes[label])
-        return self._prototypes[label]
+            prototype = build(name, options, self.task, rng).to(self.dtype)
+            self._initial[label] = to_arrays(prototype)
+            self._moulds[label] = Mould(prototype)
+        return self._moulds[label]
 
 
 def to_arrays(module: torch.nn.Module) -> Arrays:
     """Return a copy of a module's parameters as arrays."""
-    return {
-        key: value.detach().cpu().contiguous().numpy().copy()
-        for key, value in module.named_parameters()
-    }
+    return {key: _copied(value.detach()) for key, value in module.named_parameters()}
 
 
 def load(module: torch.nn.Module, arrays: Arrays) -> None:
@@ -94,13 +97,12 @@ def load(module: torch.nn.Module, arrays: Arrays) -> None:
     Raises:
         ValueError: an array has another shape than its parameter.
     """
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            if key not in arrays:
-                continue
-            value = arrays[key]
-            if tuple(value.shape) != tuple(parameter.shape):
-                raise ValueError(
-                    f"array {key!r} has shape {value.shape}, expected {tuple(parameter.shape)}"
-                )
-            parameter.copy_(torch.from_numpy(np.array(value)))
+    for key, parameter in module.named_parameters():
+        if key in arrays:
+            fill(parameter.detach(), key, arrays[key])
+
+
+def _copied(value: torch.Tensor) -> np.ndarray:
+    if value.is_cpu:
+        return np.array(value.numpy(), order="C")
+    return np.ascontiguousarray(value.cpu().numpy())

@@ -29,14 +29,21 @@ def initialise(net: nn.Module, rng: Rng) -> None:
       standard deviation 0.02, truncated (Dosovitskiy et al., ICLR 2021).
 
     Numbers are drawn in float32 and logical order, so precision and memory format do not matter.
+    What is on the ``meta`` device gets memory on the CPU: ``to_empty`` would do it by way of
+    torch's symbolic shapes, which import SymPy for most of a second.
 
     Raises:
         ConfigError: a layer of torch that is none of these.
     """
     for prefix, module in net.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
+        for key, parameter in list(module.named_parameters(recurse=False)):
             name = f"{prefix}.{key}" if prefix else key
-            parameter.copy_(_draw(module, key, parameter.shape, rng.child(name)))
+            values = _draw(module, key, parameter.shape, rng.child(name))
+            if parameter.is_meta:
+                made = nn.Parameter(values.to(parameter.dtype), parameter.requires_grad)
+                setattr(module, key, made)
+            else:
+                parameter.copy_(values)
 
 
 def _draw(module: nn.Module, key: str, shape: torch.Size, rng: Rng) -> torch.Tensor:
