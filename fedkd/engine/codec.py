@@ -1,116 +1,141 @@
-"""Arrays to Flower records and back: exact, and once for what many messages share.
+"""Arrays to Flower records and back: exact, and without a byte made of them on the way.
 
-Flower's own conversion costs more than a training step of a small model. This one makes the same
-bytes (``numpy.save``'s), so either side can be Flower's.
+What travels is a snapshot: whoever sent an array can't change it any more, and no receiver can
+change what another one received. Either side can be Flower's own conversion.
 """
 
 from __future__ import annotations
 
-import io
-import math
-from functools import lru_cache
+import weakref
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+from fedkd.engine.flower_private import filled
+from fedkd.engine.held import NUMPY, HeldArray, from_npy, snapshot
 from fedkd.errors import ConfigError
 from fedkd.types import Arrays
 
-NUMPY = "numpy.ndarray"
 Cache = dict[int, tuple[Any, Any]]
+"""What was decoded in an exchange, by the identity of its bytes."""
 
 
-def encode(arrays: Arrays, cache: Cache | None = None) -> ArrayRecord:
+class Encoded:
+    """What was encoded in an exchange: each ndarray once, and kept for as long as it lives.
+
+    It goes by identity, so arrays must not be changed in place meanwhile. What is made for one
+    client alone is gone when its message is: memory does not grow with the cohort.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[weakref.ref[np.ndarray], HeldArray]] = {}
+
+    def get(self, array: np.ndarray) -> HeldArray | None:
+        """Return what this very object was encoded to."""
+        known = self._made.get(id(array))
+        return known[1] if known is not None and known[0]() is array else None
+
+    def remember(self, array: np.ndarray, made: HeldArray) -> None:
+        """Note what an array was encoded to."""
+        number, here = id(array), weakref.ref(self)
+
+        def forget(_: object) -> None:
+            cache = here()
+            if cache is not None:
+                cache._made.pop(number, None)
+
+        self._made[number] = weakref.ref(array, forget), made
+
+
+def encode(arrays: Arrays, cache: Encoded | None = None, *, own: bool = False) -> ArrayRecord:
     """Return ``arrays`` as a Flower record, with keys in the same order.
 
     Every dtype that NumPy stores without pickle, any shape (0-d and empty too); a strided array
-    is stored in C order, a Fortran-contiguous one as such.
+    is stored in C order, a Fortran-contiguous one as such. What somebody could still write to is
+    copied, once.
 
     Args:
-        cache: pass one ``{}`` to all calls of a round to encode each ndarray object once. It
-            goes by identity, so arrays must not be changed in place while it lives.
+        cache: pass one :class:`Encoded` to all calls of a round to copy each ndarray object once.
+        own: the caller gives the arrays away and has no writable view or tensor of them: those
+            that own their memory are made read-only and travel without a copy.
 
     Raises:
         ConfigError: a value is not an array, or its dtype holds Python objects.
     """
-    record = ArrayRecord()
+    sent: dict[str, HeldArray] = {}
     for key, array in arrays.items():
-        known = cache.get(id(array)) if cache is not None else None
-        if known is None:
-            made = _to_flower(key, array)
+        made = cache.get(array) if cache is not None else None
+        if made is None:
+            made = _to_flower(key, array, own)
             if cache is not None:
-                # The array is kept so that its id is not given to another one.
-                cache[id(array)] = (array, made)
-        record[key] = known[1] if known else made
-    return record
+                cache.remember(array, made)
+        sent[key] = made
+    return filled(ArrayRecord(), sent)
 
 
 def decode(record: ArrayRecord, cache: Cache | None = None) -> Arrays:
     """Return the arrays of a record, with keys in the same order; the inverse of :func:`encode`.
 
-    The arrays are **read-only** views of the record's bytes: nothing is copied, and a client
-    cannot change what another one received. ``torch.tensor(array)`` copies without a warning.
+    The arrays are **read-only** and nothing is copied: all receivers of one broadcast get the same
+    ndarrays. ``torch.tensor(array)`` copies without a warning.
 
     Args:
-        cache: pass one ``{}`` to all calls of a round to get the same ndarray for the same bytes.
-            Sharing it between threads is safe.
+        cache: pass one ``{}`` to all calls of a round to get the same ndarray for the same bytes
+            that Flower's own conversion made. Sharing it between threads is safe.
 
     Raises:
         TypeError: an array was serialised by something else than NumPy.
     """
-    arrays: Arrays = {}
-    for key, array in record.items():
-        # By the bytes, not by the Array: the grid copies the Array objects, not what they hold.
-        known = cache.get(id(array.data)) if cache is not None else None
-        if known is None:
-            known = (array.data, _to_numpy(array))
-            if cache is not None:
-                cache[id(array.data)] = known
-        arrays[key] = known[1]
-    return arrays
+    return {key: _to_numpy(array, cache) for key, array in record.items()}
 
 
-def _to_flower(key: str, array: np.ndarray) -> Array:
+def _to_flower(key: str, array: np.ndarray, own: bool) -> HeldArray:
     if not isinstance(array, np.ndarray) or array.dtype.hasobject:
         what = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise ConfigError(f"{key!r} cannot travel: expected a numeric NumPy array, got {what}")
-    if not (array.flags.c_contiguous or array.flags.f_contiguous):
-        array = array.copy(order="C")
-    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    body = array.T if fortran else array
-    # Joined from a view: one copy of the array instead of two.
-    flat = body.reshape(-1).view(np.uint8).data
-    data = b"".join((_header(array.dtype, array.shape, fortran), flat))
-    return Array(str(array.dtype), tuple(map(int, array.shape)), NUMPY, data)
+    contiguous = array.flags.c_contiguous or array.flags.f_contiguous
+    if contiguous and (_immutable(array) or (own and _sole(array))):
+        return HeldArray(array)
+    return snapshot(array if contiguous else array.copy(order="C"))
 
 
-def _to_numpy(array: Array) -> np.ndarray:
+def _immutable(array: np.ndarray) -> bool:
+    """Return whether nobody at all can write to an array: it is a view of bytes."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, bytes)
+
+
+def _sole(array: np.ndarray) -> bool:
+    """Return whether an array that is given away is not somebody else's memory too.
+
+    It owns its memory, or is a read-only view of read-only arrays. A tensor's memory, and that of
+    an array which somebody can write to, belongs to them.
+    """
+    base = array
+    while isinstance(base.base, np.ndarray):
+        if base.flags.writeable or base.base.flags.writeable:
+            return False
+        base = base.base
+    return bool(base.flags.owndata)
+
+
+def _to_numpy(array: Array, cache: Cache | None) -> np.ndarray:
+    if isinstance(array, HeldArray) and array.held is not None:
+        return array.held
+    # By the bytes, not by the Array: the grid copies the Array objects, not what they hold.
     data = array.data
-    if array.stype != NUMPY or data[6:8] != b"\x01\x00":
-        loaded: np.ndarray = array.numpy()
+    known = cache.get(id(data)) if cache is not None else None
+    if known is not None:
+        found: np.ndarray = known[1]
+        return found
+    loaded = from_npy(data) if array.stype == NUMPY else None
+    if loaded is None:
+        loaded = array.numpy()
         loaded.flags.writeable = False
-        return loaded
-    start = 10 + int.from_bytes(data[8:10], "little")
-    shape, fortran, dtype = _parse(data[:start])
-    flat = np.frombuffer(data, dtype, count=math.prod(shape), offset=start)
-    return flat.reshape(shape, order="F" if fortran else "C")
-
-
-@lru_cache(maxsize=4096)
-def _header(dtype: np.dtype, shape: tuple[int, ...], fortran: bool) -> bytes:
-    buffer = io.BytesIO()
-    fields = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": fortran,
-        "shape": shape,
-    }
-    np.lib.format.write_array_header_1_0(buffer, fields)
-    return buffer.getvalue()
-
-
-@lru_cache(maxsize=4096)
-def _parse(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    buffer = io.BytesIO(header)
-    np.lib.format.read_magic(buffer)
-    return np.lib.format.read_array_header_1_0(buffer)
+    if cache is not None:
+        # The bytes are kept so that their id is not given to others.
+        cache[id(data)] = (data, loaded)
+    return loaded

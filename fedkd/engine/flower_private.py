@@ -12,6 +12,7 @@ private name                                        since    what breaks without
 ``flwr.supercore.run.Run.create_empty``             <= 1.38  apps that read ``grid.run``
 ``flwr.common.serde.array_to_proto``,               < 1.38   the count of wire bytes
  ``recorddict_to_proto``
+``_data`` of a record                               < 1.38   records filled without checks
 values of ``flwr.common.constant.ErrorCode``        < 1.38   strategies that look at error codes
 ==================================================  =======  =====================================
 
@@ -23,17 +24,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import array_to_proto, recorddict_to_proto
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedkd.engine.held import stored_bytes
 from fedkd.errors import RunError
+
+Record = TypeVar("Record", RecordDict, ArrayRecord, MetricRecord, ConfigRecord)
+Layout = tuple[tuple[str, str, tuple[int, ...], str, int], ...]
+"""Of each array its key, dtype, shape, serialisation and stored bytes."""
 
 SUPERLINK_NODE_ID = 1
 CLIENT_APP_RAISED = 2
@@ -92,6 +98,15 @@ def empty_run(run_id: int) -> Any:
     return Run.create_empty(run_id)
 
 
+def filled(record: Record, values: Mapping[str, Any]) -> Record:
+    """Put values of the right types into a new record, and return it.
+
+    Flower's own way checks each key and value, which takes longer than all else about a message.
+    """
+    record.__dict__["_data"].update(values)
+    return record
+
+
 def wire_bytes(content: RecordDict) -> int:
     """Return the protobuf size of a message's content without serialising any array.
 
@@ -99,25 +114,54 @@ def wire_bytes(content: RecordDict) -> int:
     whatever the size of the arrays: a length-delimited field of n bytes takes one tag byte
     (all field numbers are below 16), the varint of n, and n bytes.
     """
-    others = RecordDict()
     total = 0
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
-            total += _field(_named(name, _array_record_bytes(record)))
+            total += _arrays_bytes(name, layout(record))
+        elif any(isinstance(value, list) for value in record.values()):
+            total += _proto_bytes(name, record)
         else:
-            others[name] = record
-    return total + int(recorddict_to_proto(others).ByteSize())
+            sizes = tuple((key, *_size(value)) for key, value in record.items())
+            total += _scalars_bytes(name, isinstance(record, MetricRecord), sizes)
+    return total
 
 
-def _array_record_bytes(record: ArrayRecord) -> int:
-    sizes = ((k, _array_bytes(a.dtype, a.shape, a.stype, len(a.data))) for k, a in record.items())
-    return sum(_field(_named(key, size)) for key, size in sizes)
+def _proto_bytes(name: str, record: MetricRecord | ConfigRecord) -> int:
+    return int(recorddict_to_proto(RecordDict({name: record})).ByteSize())
 
 
 @lru_cache(maxsize=4096)
-def _array_bytes(dtype: str, shape: tuple[int, ...], stype: str, data: int) -> int:
-    header = array_to_proto(Array(dtype, shape, stype, b"")).ByteSize()
-    return int(header) + (_field(data) if data else 0)
+def _scalars_bytes(name: str, metrics: bool, sizes: tuple[tuple[str, type, Any], ...]) -> int:
+    """Return the size of a record of scalars: asked once for all that differ in floats only."""
+    made = {str: lambda n: "a" * n, bytes: bytes}
+    values = {key: made[of](n) if of in made else n for key, of, n in sizes}
+    return _proto_bytes(name, MetricRecord(values) if metrics else ConfigRecord(values))
+
+
+def _size(value: float | str | bytes) -> tuple[type, float]:
+    """Return what the size of a scalar depends on: its type, and its length or value."""
+    match value:
+        case float():
+            return float, 0.0
+        case str():
+            return str, len(value.encode())
+        case bytes():
+            return bytes, len(value)
+    return type(value), value
+
+
+def layout(record: ArrayRecord) -> Layout:
+    """Return all that the size of a record of arrays depends on."""
+    return tuple([(k, a.dtype, a.shape, a.stype, stored_bytes(a)) for k, a in record.items()])
+
+
+@lru_cache(maxsize=1024)
+def _arrays_bytes(name: str, arrays: Layout) -> int:
+    total = 0
+    for key, dtype, shape, stype, stored in arrays:
+        header = int(array_to_proto(Array(dtype, shape, stype, b"")).ByteSize())
+        total += _field(_named(key, header + (_field(stored) if stored else 0)))
+    return _field(_named(name, total))
 
 
 def _named(name: str, size: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,12 +11,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerBase
 
 from fedkd.engine.client_app import spent_in, turn
-from fedkd.engine.codec import Cache, decode, encode
+from fedkd.engine.codec import Encoded, decode, encode
+from fedkd.engine.flower_private import filled
 from fedkd.engine.guard import Guard
+from fedkd.engine.intake import Intake
+from fedkd.engine.rhythm import rhythm_of
 from fedkd.engine.setup import Prepared
 from fedkd.errors import RunError
 from fedkd.rng import stream
-from fedkd.types import Arrays, Record, Upload
+from fedkd.strategies.base import Reducer
+from fedkd.types import Arrays, ClientInfo, Metrics, Record, Upload
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class FlowerStrategy(FlowerBase):
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.guard = prepared, Guard(prepared)
+        self.rhythm = rhythm_of(prepared)
         self._nodes: dict[int, int] = {}
         self._state: Arrays = {}
 
@@ -73,64 +78,84 @@ class FlowerStrategy(FlowerBase):
 
     def judges(self, round_: int) -> tuple[bool, bool]:
         """Return whether a round is judged, and whether on the global test set too."""
-        evaluate, rounds = self.prepared.experiment.evaluate, self.prepared.experiment.rounds
-        now = round_ % evaluate.every == 0 or round_ == rounds
-        every = evaluate.global_every
-        return now, now and (round_ == rounds or (every > 0 and round_ % every == 0))
+        everywhere = self.rhythm.everywhere(round_)
+        return everywhere or round_ in self.rhythm, everywhere
 
-    def train_messages(self, round_: int, state: Arrays, grid: Grid) -> list[Message]:
-        """Return one message for each participant."""
-        nodes, cache = self.nodes(grid), Cache()
-        config = turn(round_, *self.judges(round_))
-        unheard = turn(round_, *self.judges(round_), lost=True)
-        lost = set(self.prepared.attendance.lost(round_))
+    def train_messages(self, round_: int, state: Arrays, grid: Grid) -> Iterator[Message]:
+        """Return one message for each participant, in ascending order, made when it is asked for.
+
+        What is broadcast to many is encoded once.
+        """
+        nodes, encoded = self.nodes(grid), Encoded()
         setting, strategy = self.prepared.setting, self.prepared.strategy
-        messages = []
-        for k in self.cohort(round_):
+        said = {lost: turn(round_, *self.judges(round_), lost) for lost in (False, True)}
+        lost = set(self.prepared.attendance.lost(round_))
+
+        def message(k: int) -> Message:
             arrays = strategy.broadcast(state, setting.clients[k], round_, setting)
-            said = unheard if k in lost else config
-            content = RecordDict({"arrays": encode(arrays, cache), "config": said})
-            messages.append(Message(content, nodes[k], "train", group_id=str(round_)))
-        return messages
+            records = {"arrays": encode(arrays, encoded), "config": said[k in lost]}
+            content = filled(RecordDict(), records)
+            return Message(content, nodes[k], "train", group_id=str(round_))
+
+        return (message(k) for k in self.cohort(round_))
 
     def fold_train(self, round_: int, state: Arrays, replies: Iterable[Message]) -> Folded:
         """Fuse the replies of participants, in ascending order of clients, into the next state.
 
-        A reply without arrays is a lost upload: no failure, and as nothing for the server; where
-        all are lost the state stays as it is.
+        Where the strategy has a reducer no upload is kept. A reply without arrays is a lost upload:
+        no failure, and as nothing for the server; where all are lost the state stays as it is.
 
         Raises:
             RunError: every participant failed.
         """
         client_of = {node: k for k, node in self._nodes.items()}
-        uploads, spent, failures = {}, {}, list[str]()
+        uploads, spent, failures = list[Upload](), {}, list[str]()
+        reducer = self._reducer(round_, state)
+        intake = Intake(self.cohort(round_), uploads.append if reducer is None else reducer.add)
         records = self._clock(round_)
         for reply in replies:
             k = client_of[reply.metadata.src_node_id]
+            upload = None
             if reply.has_error():
                 failures.append(f"client {k}: {reply.error.reason}")
-                continue
-            records += unpack(round_, k, reply.content["metrics"])
-            spent[k] = spent_in(reply)
-            if "arrays" not in reply.content:
-                records.append(
-                    Record(round=round_, client=k, split="train", metric="lost", value=1.0)
-                )
-                continue
-            arrays = decode(reply.content["arrays"])
-            uploads[k] = Upload(client=self.prepared.setting.clients[k], arrays=arrays)
+            else:
+                records += unpack(round_, k, reply.content["metrics"])
+                spent[k] = spent_in(reply)
+                upload = self._upload(k, reply)
+                if upload is None:
+                    records.append(
+                        Record(round=round_, client=k, split="train", metric="lost", value=1.0)
+                    )
+            intake.answered(k, upload)
+        intake.close()
         # Under central noise a round without uploads is a release as any other: it must not show.
         if failures and not spent and not self.guard.plan.central:
             raise RunError(f"all participants of round {round_} failed; {failures[0]}")
         self.guard.charge(round_, spent)
-        ordered, refused = self.guard.fold(round_, [uploads[k] for k in sorted(uploads)], state)
-        failures += refused
-        if ordered:
-            state, metrics = self.prepared.strategy.aggregate(
-                state, ordered, round_, self.prepared.setting
-            )
-            records += [Record(round=round_, metric=m, value=float(v)) for m, v in metrics.items()]
+        metrics: Metrics = {}
+        if reducer is None:
+            uploads, refused = self.guard.fold(round_, uploads, state)
+            failures += refused
+            if uploads:
+                setting = self.prepared.setting
+                state, metrics = self.prepared.strategy.aggregate(state, uploads, round_, setting)
+        elif intake.taken:
+            state, metrics = reducer.finish()
+        records += [Record(round=round_, metric=m, value=float(v)) for m, v in metrics.items()]
         return Folded(state, records + self.guard.records(round_), failures)
+
+    def _reducer(self, round_: int, state: Arrays) -> Reducer | None:
+        """Return what fuses uploads as they come; central noise needs all of them at once."""
+        if self.guard.plan.central:
+            return None
+        return self.prepared.strategy.reducer(state, round_, self.prepared.setting)
+
+    def _upload(self, k: int, reply: Message) -> Upload | None:
+        """Return what a client sent; None where it got lost."""
+        if "arrays" not in reply.content:
+            return None
+        arrays = decode(reply.content["arrays"])
+        return Upload(client=self.prepared.setting.clients[k], arrays=arrays)
 
     def _clock(self, round_: int) -> list[Record]:
         """Return the simulated duration of a round, in median times of a round."""
@@ -141,22 +166,22 @@ class FlowerStrategy(FlowerBase):
 
     def evaluate_messages(
         self, round_: int, state: Arrays, grid: Grid, last: bool = False
-    ) -> list[Message]:
+    ) -> Iterator[Message]:
         """Return one message for each client of the federation, if the round is judged.
 
-        The ``last`` round is, and on everything.
+        The ``last`` round is, and on everything. A message is made when it is asked for.
         """
         now, everywhere = (True, True) if last else self.judges(round_)
-        nodes, cache = self.nodes(grid), Cache()
+        nodes, encoded = self.nodes(grid), Encoded()
         setting, strategy = self.prepared.setting, self.prepared.strategy
-        messages = []
-        for client in setting.clients if now else ():
+        said = turn(round_, True, everywhere)
+
+        def message(client: ClientInfo) -> Message:
             arrays = strategy.judging(state, client, round_, setting)
-            content = RecordDict(
-                {"arrays": encode(arrays, cache), "config": turn(round_, True, everywhere)}
-            )
-            messages.append(Message(content, nodes[client.id], "evaluate", group_id=str(round_)))
-        return messages
+            content = filled(RecordDict(), {"arrays": encode(arrays, encoded), "config": said})
+            return Message(content, nodes[client.id], "evaluate", group_id=str(round_))
+
+        return (message(client) for client in (setting.clients if now else ()))
 
     def fold_evaluate(self, round_: int, replies: Iterable[Message]) -> Folded:
         """Return the records of a judged round."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
-from fedkd.engine.flower_private import wire_bytes
+from fedkd.engine.flower_private import Layout, layout, wire_bytes
 from fedkd.errors import CheckpointError
 from fedkd.types import kind_of
 
@@ -53,14 +54,11 @@ class Ledger:
 
     def add(self, round: int, phase: str, direction: Direction, content: RecordDict) -> None:
         """Count one message with this content."""
-        tensors: dict[str, int] = {}
+        entry = self._entries.setdefault((round, phase, direction), Bytes())
+        entry.include(Bytes(1, wire_bytes(content)))
         for record in content.values():
             if isinstance(record, ArrayRecord):
-                for key, array in record.items():
-                    kind = kind_of(key)
-                    tensors[kind] = tensors.get(kind, 0) + tensor_bytes(array)
-        entry = self._entries.setdefault((round, phase, direction), Bytes())
-        entry.include(Bytes(1, wire_bytes(content), tensors))
+                entry.include(_tensors(layout(record)))
 
     def totals(
         self,
@@ -117,13 +115,22 @@ class Ledger:
         self._entries = entries
 
 
-def tensor_bytes(array: Array) -> int:
-    """Return shape times item size, from the array's description alone.
+@lru_cache(maxsize=1024)
+def _tensors(arrays: Layout) -> Bytes:
+    """Return the tensor bytes of a record by kind of knowledge; not to be changed."""
+    found = Bytes()
+    for key, dtype, shape, _, stored in arrays:
+        kind = kind_of(key)
+        found.tensors[kind] = found.tensors.get(kind, 0) + tensor_bytes(dtype, shape, stored)
+    return found
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...], stored: int) -> int:
+    """Return shape times item size, from an array's description alone.
 
     A dtype that NumPy does not know (another serialisation than ``.npy``) counts its stored bytes.
     """
     try:
-        item = np.dtype(array.dtype).itemsize
+        return math.prod(shape) * np.dtype(dtype).itemsize
     except TypeError:
-        return len(array.data)
-    return math.prod(array.shape) * item
+        return stored

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -43,6 +43,16 @@ class Setting:
     device: torch.device | str = "cpu"
     swing: SwingTargets | None = None
     public_temperatures: torch.Tensor | None = None
+
+
+class Reducer(Protocol):
+    """Takes the uploads of a round one by one, so that not all have to be in memory at once."""
+
+    def add(self, upload: Upload) -> None:
+        """Take the next upload, in ascending order of clients; nothing of it need be kept."""
+
+    def finish(self) -> tuple[Arrays, Metrics]:
+        """Return what ``aggregate`` returns of all that were taken, to the same bits."""
 
 
 class Strategy(ABC):
@@ -123,6 +133,13 @@ class Strategy(ABC):
         self, state: Arrays, uploads: Sequence[Upload], round_: int, setting: Setting
     ) -> tuple[Arrays, Metrics]:
         """Fuse the uploads, given in ascending order of clients, into the next server state."""
+
+    def reducer(self, state: Arrays, round_: int, setting: Setting) -> Reducer | None:
+        """Return what fuses the uploads of a round as they come, in place of :meth:`aggregate`.
+
+        None: the server has to see all of them at once.
+        """
+        return None
 
     @abstractmethod
     def predictor(self, client: Client, received: Arrays) -> Predictor:

@@ -118,7 +118,7 @@ def test_a_client_whose_upload_is_lost_keeps_what_it_learned(tiny, play, monkeyp
 def test_a_message_says_nothing_of_loss_where_there_is_none(tiny, play):
     run = play(tiny("fedavg"), rounds=0)
     with in_process():
-        messages = run.strategy.train_messages(1, run.state, run.grid)
+        messages = list(run.strategy.train_messages(1, run.state, run.grid))
     said = [m.content["config"] for m in messages]
     assert len(said) == 4
     assert all(dict(config).keys() == {"server-round", "judge", "global"} for config in said)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedkd.engine.codec import decode, encode
+from fedkd.engine.codec import Encoded, decode, encode
 from fedkd.errors import ConfigError
 
 DTYPES = ["float16", "float32", "float64", "int8", "uint8", "int64", "bool", "complex64", ">f4"]
@@ -56,7 +56,7 @@ def test_decoded_arrays_are_read_only() -> None:
 
 def test_cache_encodes_one_array_once_and_decodes_the_same_bytes_once() -> None:
     shared, own = np.arange(4.0), np.arange(4.0)
-    sending: dict = {}
+    sending = Encoded()
     first = encode({"x": shared}, sending)
     second = encode({"y": shared, "z": own}, sending)
     assert first["x"] is second["y"]
@@ -70,7 +70,7 @@ def test_cache_encodes_one_array_once_and_decodes_the_same_bytes_once() -> None:
 
 
 def test_cache_outlives_its_arrays_without_mixing_them_up() -> None:
-    cache: dict = {}
+    cache = Encoded()
     records = [encode({"x": np.full(100, float(i))}, cache) for i in range(50)]
     for i, record in enumerate(records):
         assert decode(record)["x"][0] == i

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd.data.dataset import Dataset
-from fedkd.data.federated import Federation, hold_out
+from fedkd.data.federated import ClientData, Federation, Split, hold_out
 from fedkd.data.partition import divide
 from fedkd.data.registries import partitions, sources
 from fedkd.data.rotate import rotate
@@ -189,3 +189,65 @@ def test_a_partition_of_other_data_is_refused(digits):
     partition = divide(numbered(), partitions.get("iid")(), 4, Rng(0))
     with pytest.raises(DataError, match="belong to no client"):
         Federation.build(digits, partition, rng=Rng(0))
+
+
+@pytest.fixture
+def made_of(monkeypatch):
+    """Return the list of (part, number of rows) that were made into tensors."""
+    done = []
+    real = Federation._split
+    monkeypatch.setattr(
+        Federation,
+        "_split",
+        lambda self, part, indices, *rest: (
+            done.append((part, len(indices))) or real(self, part, indices, *rest)
+        ),
+    )
+    return done
+
+
+def test_a_client_costs_nothing_until_it_takes_part_and_then_what_it_uses(digits, made_of):
+    federation = made(digits, clients=4, validation=0.1)
+    federation.counts(), federation.sizes(3), federation.train_size(2), federation.absent(1)
+    client = federation.client(0)
+    federation.client(1)
+    assert made_of == []
+    assert len(client.test) == federation.sizes(0)["test"]
+    assert made_of == [("test", len(client.test))], "whoever is only judged trains nothing"
+    assert client.train is client.train
+    assert client.train is federation.client(0).train
+    assert [part for part, _ in made_of] == ["test", "train"]
+    federation.pooled()
+    assert len(made_of) == 2
+
+
+def test_an_idle_client_holds_each_of_its_indices_once(digits):
+    federation = made(digits, clients=4, validation=0.2)
+    kept = {id(a): a for a in (*federation.partition.train, *federation._validation)}
+    held = sum(len(v) for v in federation._validation)
+    assert sum(a.size for a in kept.values()) == len(digits.train_y) + held
+    assert not [v for v in vars(federation).values() if isinstance(v, list) and len(v) == 4][1:]
+    for i in range(4):
+        train, validation = federation._own(i), federation._validation[i]
+        assert sorted([*train, *validation]) == federation.partition.train[i].tolist()
+        assert (np.diff(train) > 0).all()
+        assert len(train) == federation.train_size(i)
+
+
+def test_threads_make_a_split_once(digits, made_of):
+    client = made(digits).client(3)
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda _: client.train, range(32)))
+    assert all(train is got[0] for train in got)
+    assert len(made_of) == 1
+
+
+def test_mapped_data_is_changed_when_it_is_used(digits, made_of):
+    client = made(digits).client(3)
+    halved = client.mapped(lambda split: Split(split.x / 2, split.y))
+    assert made_of == []
+    assert torch.equal(halved.test.x, client.test.x / 2)
+    assert halved.test is halved.test
+    assert [part for part, _ in made_of] == ["test"]
+    given = ClientData(client.test, client.validation, client.test)
+    assert given.train is client.test

@@ -70,4 +70,8 @@ def test_state_survives_json() -> None:
 
 
 def test_an_unknown_dtype_counts_its_stored_bytes() -> None:
-    assert tensor_bytes(Array("bfloat16", (2,), "torch.tensor", b"1234")) == 4
+    assert tensor_bytes("bfloat16", (2,), 4) == 4
+    ledger = Ledger()
+    strange = ArrayRecord({"model/w": Array("bfloat16", (2,), "torch.tensor", b"1234")})
+    ledger.add(1, "train", "up", RecordDict({"arrays": strange}))
+    assert ledger.totals().tensors == {"model": 4}
