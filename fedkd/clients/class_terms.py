@@ -5,13 +5,20 @@ Global features and soft predictions are constants: no gradient reaches the clie
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Self
+
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedkd.clients.local import Batch, Term
+from fedkd.clients.stacked.modules import signature
+from fedkd.clients.terms import OnWeights, alike
+from fedkd.data.federated import Split
 from fedkd.distill.objectives.base import Objective
-from fedkd.distill.targets import Targets
-from fedkd.models.base import POOLED, BlockNet
+from fedkd.distill.targets import Targets, joined
+from fedkd.models.base import HEAD, POOLED, BlockNet
 from fedkd.types import Task
 
 
@@ -36,6 +43,13 @@ class FeatureMatch(Term):
 
     def at(self) -> frozenset[str]:
         return frozenset({self.block})
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        targets = joined([t.targets for t in terms], [split.y for split in data])
+        if targets is None or not alike(FeatureMatch, terms, "block"):
+            return None
+        return FeatureMatch(targets, terms[0].block, terms[0].weight)
 
 
 class HeadOnClasses(Term):
@@ -64,6 +78,38 @@ class HeadOnClasses(Term):
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.objective(self.head(self.inputs), self.probs, self.temperature).mean()
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        shapes = {(t.inputs.shape, t.probs.shape, signature(t.head)) for t in terms}
+        if not alike(HeadOnClasses, terms, "objective", "temperature") or len(shapes) != 1:
+            return None
+        named = [dict(t.head.named_parameters()) for t in terms]
+        return HeadsOnClasses(terms, {f"{HEAD}.{n}": [own[n] for own in named] for n in named[0]})
+
+
+class HeadsOnClasses(OnWeights):
+    """:class:`HeadOnClasses` of K clients whose ``head`` is that of the network that trains."""
+
+    name = "head_distil"
+
+    def __init__(
+        self, terms: Sequence[HeadOnClasses], parameters: Mapping[str, Sequence[Tensor]]
+    ) -> None:
+        super().__init__(terms[0].weight, parameters)
+        self.first = terms[0]
+        self.inputs = torch.stack([t.inputs for t in terms])
+        self.probs = torch.stack([t.probs for t in terms])
+
+    def __call__(self, batch: Batch) -> Tensor:
+        def one(weights: dict[str, Tensor], inputs: Tensor, probs: Tensor) -> Tensor:
+            logits = functional_call(self.first.head, weights, (inputs,))
+            return self.first.objective(logits, probs, self.first.temperature).mean()
+
+        weights = {n.removeprefix(f"{HEAD}."): w for n, w in self.read(batch).items()}
+        active = len(next(iter(weights.values())))
+        found: Tensor = torch.vmap(one)(weights, self.inputs[:active], self.probs[:active])
+        return found
 
 
 def head_inputs(model: BlockNet, task: Task, features: Tensor) -> Tensor:

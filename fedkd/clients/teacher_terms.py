@@ -7,16 +7,17 @@ in every epoch and exact, since examples do not change. A peer learns in the sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkd.clients.client import Predictor
+from fedkd.clients.client import ByNetworks, Predictor
 from fedkd.clients.heads import infer
 from fedkd.clients.local import Batch, Term
-from fedkd.clients.terms import Supervised, row_mean
+from fedkd.clients.stacked.modules import Joined, join
+from fedkd.clients.terms import Supervised, alike, row_mean
 from fedkd.data.federated import Split
 from fedkd.distill.not_true import not_true_divergence
 from fedkd.distill.objectives.kl import KullbackLeibler
@@ -47,6 +48,12 @@ class NotTrue(Term):
         teacher = self.logits[batch.index]
         return not_true_divergence(batch.logits, teacher, batch.y, self.temperature)
 
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        if not alike(NotTrue, terms, "temperature"):
+            return None
+        return NotTrue(torch.cat([t.logits for t in terms]), terms[0].temperature, terms[0].weight)
+
 
 class LogitMatch(Term):
     """Mean squared difference ``1/C ||z - z_teacher||^2`` to constant teacher logits (n, C)."""
@@ -60,6 +67,12 @@ class LogitMatch(Term):
         values = (batch.logits - self.logits[batch.index]).square().mean(-1)
         return values if values.dim() == 1 else row_mean(values, batch.y)
 
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        if not alike(LogitMatch, terms):
+            return None
+        return LogitMatch(torch.cat([t.logits for t in terms]), terms[0].weight)
+
 
 class Peer:
     """A second network on the batches of the first; it answers once a batch, whoever asks.
@@ -68,14 +81,29 @@ class Peer:
     is trained by the terms that list it in ``modules()``; without one it is a frozen teacher.
     """
 
-    def __init__(self, net: BlockNet, at: frozenset[str] = frozenset()) -> None:
+    def __init__(self, net: BlockNet | Joined, at: frozenset[str] = frozenset()) -> None:
         self.net, self.at = net, at
         self._seen: tuple[Batch, Tensor, dict[str, Tensor]] | None = None
+        self._joined: Peer | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self._seen is None or self._seen[0] is not batch:
             self._seen = (batch, *self.net.forward_with_features(batch.x, self.at))
         return self._seen[1:]
+
+    def join(self, others: Sequence[Peer]) -> Peer | None:
+        """Return this peer and those of other clients as one, the same for all who ask."""
+        nets = (self.net, *(peer.net for peer in others))
+        if any(peer.at != self.at for peer in others):
+            return None
+        if self._joined is None or self._members() != nets:
+            net = join(nets)
+            self._joined = None if net is None else Peer(net, self.at)
+        return self._joined
+
+    def _members(self) -> tuple[nn.Module, ...]:
+        assert self._joined is not None and isinstance(self._joined.net, Joined)
+        return self._joined.net.members
 
 
 class TaskDivisor:
@@ -115,6 +143,11 @@ class PeerSupervised(Term):
     def modules(self) -> Sequence[nn.Module]:
         return (self.peer.net,)
 
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        peer = _joined(PeerSupervised, terms)
+        return PeerSupervised(peer, terms[0].weight) if peer else None
+
 
 class FromPeer(Term):
     """The network learns from its peer: ``KL(softmax(z_peer) || softmax(z))``, z_peer constant."""
@@ -126,6 +159,11 @@ class FromPeer(Term):
 
     def __call__(self, batch: Batch) -> Tensor:
         return divergence(batch.logits, self.peer(batch)[0])
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        peer = _joined(FromPeer, terms)
+        return FromPeer(peer, terms[0].weight) if peer else None
 
 
 class ToPeer(Term):
@@ -141,6 +179,11 @@ class ToPeer(Term):
 
     def modules(self) -> Sequence[nn.Module]:
         return (self.peer.net,)
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        peer = _joined(ToPeer, terms)
+        return ToPeer(peer, terms[0].weight) if peer else None
 
 
 class AdaptiveFromPeer(FromPeer):
@@ -167,6 +210,14 @@ class AdaptiveToPeer(ToPeer):
 
     def __call__(self, batch: Batch) -> Tensor:
         return super().__call__(batch) / self.divisor(batch)
+
+
+def _joined(
+    owner: type[Term], terms: Sequence[PeerSupervised] | Sequence[FromPeer] | Sequence[ToPeer]
+) -> Peer | None:
+    """Return the peers of several clients' terms as one; None: the terms or networks differ."""
+    first, *others = [term.peer for term in terms]
+    return first.join(others) if alike(owner, terms) else None
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -232,16 +283,13 @@ def mutual(
 
 def together(own: BlockNet, name: str, other: BlockNet) -> Predictor:
     """Return the predictors of two networks: ``own`` as ``personal``, ``other`` as ``name``."""
-    own.eval()
-    other.eval()
-    return lambda x: {"personal": own(x), name: other(x)}
+    return ByNetworks(name, (own, other), lambda x: {"personal": own(x), name: other(x)})
 
 
 def projection(size: int, into: int, rng: Rng, weights: Arrays) -> nn.Linear:
     """Return a linear map R^size -> R^into without bias: ``weights``, or drawn from ``rng``."""
     with torch.device("meta"):
         layer = nn.Linear(size, into, bias=False)
-    layer = layer.to_empty(device="cpu")
     initialise(layer, rng)
     load(layer, weights)
     return layer

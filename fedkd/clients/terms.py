@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkd.clients.local import Batch, Term
-from fedkd.data.federated import UNLABELLED
+from fedkd.clients.stacked.modules import join
+from fedkd.data.federated import UNLABELLED, Split
 from fedkd.distill.objectives.base import Objective, Temperature, squared
-from fedkd.distill.targets import Targets
+from fedkd.distill.targets import Targets, joined
+from fedkd.errors import RunError
 from fedkd.models.base import BlockNet
 
 
@@ -19,6 +22,51 @@ def row_mean(values: Tensor, y: Tensor) -> Tensor:
     """Return the mean over the tokens of each row that have a label: (B, L) -> (B,); 0 for none."""
     real = y != UNLABELLED
     return torch.where(real, values, torch.zeros_like(values)).sum(1) / real.sum(1).clamp_min(1)
+
+
+def alike(owner: type[Term], terms: Sequence[Term], *options: str) -> bool:
+    """Return whether all are exactly of type ``owner``, with the same weight and ``options``.
+
+    What :meth:`Term.merged` asks first: a subclass may compute something else, so it says for
+    itself how it is merged, or is not.
+    """
+    first = terms[0]
+    return all(
+        type(term) is owner
+        and all(getattr(term, o) == getattr(first, o) for o in ("weight", *options))
+        for term in terms
+    )
+
+
+class OnWeights(Term):
+    """What ``weights-only`` terms of K clients become: it reads ``batch.weights``, returns (K,).
+
+    ``parameters`` are those that the clients' own terms read, K by each name in the network.
+    """
+
+    dp = "weights-only"
+
+    def __init__(self, weight: float, parameters: Mapping[str, Sequence[Tensor]]) -> None:
+        self.weight, self.parameters = weight, parameters
+
+    def of(self, models: Sequence[BlockNet]) -> bool:
+        """Return whether those parameters are the networks' own: ``batch.weights`` are these."""
+        named = [dict(model.named_parameters()) for model in models]
+        return all(
+            own.get(name) is p
+            for name, members in self.parameters.items()
+            for own, p in zip(named, members, strict=True)
+        )
+
+    def read(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the weights (K', ...) of the clients that still train, the first K' of them.
+
+        Raises:
+            RunError: the batch is of one client.
+        """
+        if batch.weights is None:
+            raise RunError("a merged term reads stacked weights, and this batch has none")
+        return {name: batch.weights[name] for name in self.parameters}
 
 
 class Supervised(Term):
@@ -47,6 +95,16 @@ class Supervised(Term):
         )
         return row_mean(values.view(batch.y.shape), batch.y)
 
+    def mean(self, batch: Batch) -> Tensor:
+        if batch.y.dim() > 1:
+            return super().mean(batch)
+        return functional.cross_entropy(batch.logits, batch.y, label_smoothing=self.label_smoothing)
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        same = alike(Supervised, terms, "label_smoothing")
+        return Supervised(terms[0].weight, terms[0].label_smoothing) if same else None
+
 
 class Proximal(Term):
     """``mu/2 * ||w - w0||^2`` over the named parameters (squared; its gradient is mu (w - w0)).
@@ -61,10 +119,40 @@ class Proximal(Term):
     def __init__(self, model: BlockNet, reference: Mapping[str, Tensor], mu: float) -> None:
         self.weight = mu / 2
         named = dict(model.named_parameters())
-        self._pairs = [(named[key], value) for key, value in reference.items() if key in named]
+        self.reference = {key: value for key, value in reference.items() if key in named}
+        self.parameters = {key: named[key] for key in self.reference}
 
     def __call__(self, batch: Batch) -> Tensor:
-        return torch.stack([(w - w0).square().sum() for w, w0 in self._pairs]).sum()
+        pairs = zip(self.parameters.values(), self.reference.values(), strict=True)
+        return torch.stack([(w - w0).square().sum() for w, w0 in pairs]).sum()
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        if not alike(Proximal, terms) or len({tuple(t.reference) for t in terms}) != 1:
+            return None
+        names = list(terms[0].reference)
+        parameters = {n: [t.parameters[n] for t in terms] for n in names}
+        references = {n: torch.stack([t.reference[n] for t in terms]) for n in names}
+        return Proximals(terms[0].weight, parameters, references)
+
+
+class Proximals(OnWeights):
+    """:class:`Proximal` of K clients: ``1/2 mu ||w_k - w0_k||^2`` each; references (K, ...)."""
+
+    name = "proximal"
+
+    def __init__(
+        self,
+        weight: float,
+        parameters: Mapping[str, Sequence[Tensor]],
+        references: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(weight, parameters)
+        self.references = references
+
+    def __call__(self, batch: Batch) -> Tensor:
+        pairs = [(w, self.references[name][: len(w)]) for name, w in self.read(batch).items()]
+        return torch.stack([(w - w0).square().flatten(1).sum(1) for w, w0 in pairs]).sum(0)
 
 
 class HeadSupervised(Term):
@@ -84,6 +172,11 @@ class HeadSupervised(Term):
 
     def modules(self) -> Sequence[nn.Module]:
         return (self.head,)
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        head = join([t.head for t in terms]) if alike(HeadSupervised, terms, "block") else None
+        return HeadSupervised(head, terms[0].block, terms[0].weight) if head else None
 
 
 class Distil(Term):
@@ -140,3 +233,37 @@ class Distil(Term):
 
     def modules(self) -> Sequence[nn.Module]:
         return () if self.head is None else (self.head,)
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        first, heads = terms[0], [t.head for t in terms if t.head is not None]
+        temperature = together([t.temperature for t in terms])
+        counts = together([t.counts for t in terms])
+        targets = joined([t.targets for t in terms], [split.y for split in data])
+        head = join(heads) if len(heads) == len(terms) else None
+        if (
+            not alike(Distil, terms, "objective", "block", "rescale")
+            or targets is None
+            or temperature is None
+            or (counts is None and any(t.counts is not None for t in terms))
+            or (head is None and heads)
+        ):
+            return None
+        return Distil(
+            first.objective,
+            targets,
+            temperature,
+            first.weight,
+            head,
+            first.block,
+            first.rescale,
+            counts if isinstance(counts, Tensor) else None,
+        )
+
+
+def together(values: Sequence[float | Tensor | None]) -> float | Tensor | None:
+    """Return the number that all clients have, or their tensors end to end; None: neither."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if tensors:
+        return torch.cat(tensors) if len(tensors) == len(values) else None
+    return values[0] if all(value == values[0] for value in values) else None

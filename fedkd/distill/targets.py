@@ -6,6 +6,7 @@ is no business of distillation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,57 @@ class SampleTargets:
 
     def __call__(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.probs[index], torch.ones_like(y, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class MaskedTargets:
+    """One soft target for some training examples: ``probs`` (n, C) where ``mask`` (n,) is true."""
+
+    probs: Tensor
+    mask: Tensor
+
+    def __call__(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.probs[index], self.mask[index]
+
+
+@dataclass(frozen=True)
+class TabledTargets:
+    """For each training example a row of a table: ``rows`` (n,) of ``probs`` (R, C), ``mask`` (R,).
+
+    What the :class:`ClassTargets` of several clients are together: no row is kept twice.
+    """
+
+    probs: Tensor
+    mask: Tensor
+    rows: Tensor
+
+    def __call__(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        at = self.rows[index]
+        return self.probs[at], self.mask[at]
+
+
+def joined(targets: Sequence[Targets], labels: Sequence[Tensor]) -> Targets | None:
+    """Return the targets of several clients' examples as one, in the order given; None: cannot.
+
+    ``labels`` are those of each client's examples; ``index`` then counts through the union. Only
+    the types of this module are known, and only if all are of the same one and of one shape.
+    """
+    samples = [t for t in targets if type(t) is SampleTargets]
+    masked = [t for t in targets if type(t) is MaskedTargets]
+    classes = [t for t in targets if type(t) is ClassTargets]
+    known: list[SampleTargets | MaskedTargets | ClassTargets] = [*samples, *masked, *classes]
+    found = [t.probs for t in known]
+    if len({(p.shape[1:], p.dtype, p.device) for p in found}) != 1:
+        return None
+    if len(samples) == len(targets):
+        return SampleTargets(torch.cat(found))
+    if len(masked) == len(targets):
+        return MaskedTargets(torch.cat(found), torch.cat([t.mask for t in masked]))
+    if len(classes) < len(targets) or len({len(p) for p in found}) != 1:
+        return None
+    places = torch.arange(sum(map(len, found)), device=found[0].device).split(len(found[0]))
+    rows = torch.cat([own[y] for own, y in zip(places, labels, strict=True)])
+    return TabledTargets(torch.cat(found), torch.cat([t.mask for t in classes]), rows)
 
 
 def softened(probs: Tensor, temperature: Tensor) -> Tensor:
