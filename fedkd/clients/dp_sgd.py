@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkd.clients.per_example import Mode, PerExample, attached
+from fedkd.clients.books.book import Books, opened, unfollowed
+from fedkd.clients.lean import Update, clipped, update_for
+from fedkd.clients.noise import Noise, Noised, Taker
+from fedkd.clients.per_example import ByOpacus, PerExample, attached, clipping, separate
 from fedkd.clients.training import Training
 from fedkd.data.federated import Split
 from fedkd.errors import ConfigError
 from fedkd.rng import Rng
 
+Mode = Literal["auto", "bookkeeping", "hooks", "functorch", "ghost"]
 UNCLIPPED = torch.finfo(torch.float32).max
 
 
@@ -41,7 +45,7 @@ class DpSgd:
 
     noise_multiplier: float
     max_grad_norm: float = 1.0
-    mode: Mode = "hooks"
+    mode: Mode = "auto"
     max_physical_batch_size: int = 0
     address: str = ""
 
@@ -59,8 +63,8 @@ class DpSgd:
                 "DP-SGD: noise is measured in units of max_grad_norm, which is inf; set "
                 "privacy.dp_sgd.max_grad_norm, for instance to 1.0, or noise_multiplier = 0"
             )
-        if self.mode not in ("hooks", "functorch", "ghost"):
-            raise ConfigError(f"DP-SGD: unknown mode {self.mode!r} (hooks, functorch, ghost)")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"DP-SGD: unknown mode {self.mode!r} ({', '.join(get_args(Mode))})")
         if self.max_physical_batch_size < 0:
             raise ConfigError("DP-SGD: max_physical_batch_size must be 0 (the whole batch) or more")
 
@@ -92,12 +96,27 @@ def poisson(data: Split, training: Training, rng: Rng) -> Iterator[tuple[Tensor,
 
     Batches differ in size and may be empty. Inputs are row-major, as Opacus' samplers need them.
     """
-    rate = rate_of(training, len(data))
+    rate, coins = rate_of(training, len(data)), Restarted()
     for step in range(steps_of(training, len(data))):
-        coins = torch.from_numpy(rng.child("poisson", step).numpy().random(len(data)))
-        index = (coins < rate).nonzero().flatten().to(data.y.device)
+        drawn = coins.at(rng.child("poisson", step)).random(len(data))
+        index = torch.from_numpy(np.flatnonzero(drawn < rate)).to(data.y.device)
         x = data.x.index_select(0, index).to(memory_format=torch.contiguous_format)
         yield x, data.y.index_select(0, index), index
+
+
+class Restarted:
+    """One generator that goes to any address: a new one for each step costs as much as a layer."""
+
+    def __init__(self) -> None:
+        self._bits = np.random.Philox(key=0)
+        self._numbers, self._start = np.random.Generator(self._bits), self._bits.state
+
+    def at(self, rng: Rng) -> np.random.Generator:
+        """Return the generator that ``rng.numpy()`` would be."""
+        low, high = rng.key & (2**64 - 1), rng.key >> 64
+        self._start["state"]["key"][:] = low, high
+        self._bits.state = self._start
+        return self._numbers
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,12 @@ class Summands:
     names: Sequence[str]
     weights: Sequence[float]
     evaluate: Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+
+
+def weighted(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the sum of losses (J x the same shape), each times its weight."""
+    parts = [v if w == 1.0 else w * v for w, v in zip(weights, losses, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 class PrivateStep:
@@ -119,30 +144,38 @@ class PrivateStep:
     example whose gradient is not finite contributes nothing.
 
     Large batches go through memory in parts: Opacus' ``BatchMemoryManager`` does that to a loader;
-    there is none here, so the optimizer is told directly to skip all updates but the last.
+    there is none here, so what adds the noise is told directly which part is the last.
     """
 
     def __init__(
-        self, gradients: PerExample, optimizer: Any, own: Summands, apart: Summands, dp: DpSgd
+        self,
+        gradients: PerExample | Books,
+        taker: Taker,
+        parameters: Sequence[nn.Parameter],
+        update: Update,
+        own: Summands,
+        apart: Summands,
+        physical: int,
     ) -> None:
-        self.gradients, self.optimizer = gradients, optimizer
-        self.own, self.apart, self.physical = own, apart, dp.max_physical_batch_size
+        self.gradients, self.taker, self.parameters = gradients, taker, parameters
+        self.update, self.own, self.apart, self.physical = update, own, apart, physical
 
     def __call__(self, x: Tensor, y: Tensor, index: Tensor, max_norm: float) -> Tensor:
         """Do the step; return the sum over examples of each loss, own terms first (J,)."""
-        size = self.physical or max(len(y), 1)
-        parts = list(zip(x.split(size), y.split(size), index.split(size), strict=True))
-        sums = torch.zeros(len(self.own.weights))
-        for i, part in enumerate(parts):
-            self.optimizer.zero_grad(set_to_none=True)
-            sums += self._gradients(*part)
-            self.optimizer.signal_skip_step(do_skip=i + 1 < len(parts))
-            self.optimizer.pre_step()
-        values = self._add_apart(x[:0], y[:0], index[:0])
-        if max_norm:
-            nn.utils.clip_grad_norm_(self.optimizer.params, max_norm)
-        self.optimizer.original_optimizer.step()
-        return torch.cat([sums, values * len(y)])
+        if self.physical and len(y) > self.physical:
+            batches = zip(*(t.split(self.physical) for t in (x, y, index)), strict=True)
+            first, *others = batches
+        else:
+            first, others = (x, y, index), []
+        sums = self._gradients(*first)
+        for other in others:
+            self.taker.take(last=False)
+            sums = sums + self._gradients(*other)
+        self.taker.take(last=True)
+        values = self._add_apart(x[:0], y[:0], index[:0]) if self.apart.weights else None
+        released = [p.grad for p in self.parameters]
+        self.update(clipped(released, max_norm) if max_norm else released)
+        return sums if values is None else torch.cat([sums, values * len(y)])
 
     def _gradients(self, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """Leave the gradients of a part of the batch; return its summed losses."""
@@ -162,41 +195,37 @@ class PrivateStep:
                     f"DP-SGD: the term {name!r} returned the shape {tuple(loss.shape)} for "
                     f"{len(y)} examples; a per-example term returns one loss for each, (B,)"
                 )
-        each = torch.stack([w * v for w, v in zip(self.own.weights, losses, strict=True)]).sum(0)
-        finite = self.gradients.backward(each)
-        if not finite.all():
+        finite = self.gradients.backward(weighted(losses, self.own.weights))
+        if finite is not None and not finite.all():
             return self._gradients(x[finite], y[finite], index[finite])
         return torch.stack([loss.detach().sum() for loss in losses]).cpu()
 
     def _add_apart(self, *nobody: Tensor) -> Tensor:
         """Add the gradient of terms that read no data to the noised one; return their values."""
-        if not self.apart.weights:
-            return torch.zeros(0)
         with self.gradients.paused():
             values = [value.mean() for value in self.apart.evaluate(*nobody)]
-            total = torch.stack(
-                [w * v for w, v in zip(self.apart.weights, values, strict=True)]
-            ).sum()
+            total = weighted(values, self.apart.weights)
             if total.requires_grad:
-                parameters = self.optimizer.params
-                found = torch.autograd.grad(total, parameters, allow_unused=True)
-                for p, gradient in zip(parameters, found, strict=True):
+                found = torch.autograd.grad(total, self.parameters, allow_unused=True)
+                for p, gradient in zip(self.parameters, found, strict=True):
                     if gradient is not None:
-                        p.grad += gradient
+                        p.grad = gradient if p.grad is None else p.grad + gradient
         return torch.stack([value.detach() for value in values]).cpu()
 
 
 @contextmanager
 def private(
     parts: Sequence[nn.Module],
-    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    training: Training,
+    lr: float,
     own: Summands,
     apart: Summands,
     dp: DpSgd,
     expected: float,
     rng: Rng,
 ) -> Iterator[PrivateStep]:
-    """Make ``optimizer`` private over all trainable parameters of ``parts`` for a while.
+    """Make updates of ``parameters``, the trainable ones of ``parts``, private for a while.
 
     ``expected`` is q n, which divides sums in place of the realised size of a batch. Noise comes
     from ``rng.child("dp-noise")``, on and on through the steps.
@@ -204,37 +233,51 @@ def private(
     Raises:
         ConfigError: a network that has no per-example gradients.
     """
-    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-
     problems = [problem for part in parts for problem in dp_problems(part)]
     if problems:
         raise ConfigError("\n".join(problems))
     # Opacus multiplies norm and noise: inf times no noise would be no number.
     norm = min(dp.max_grad_norm, UNCLIPPED)
-    kind = DPOptimizerFastGradientClipping if dp.mode == "ghost" else DPOptimizer
-    noise = rng.child("dp-noise", dp.address).numpy()
+    std, address = dp.noise_multiplier * norm, rng.child("dp-noise", dp.address)
+    kept = separate(parts)
+    mode = _by_opacus(dp.mode, kept)
+    with ExitStack() as during:
+        gradients: PerExample | Books
+        taker: Taker
+        if mode is None:
+            gradients = during.enter_context(opened(kept, norm, expected))
+            taker = Noised(parameters, Noise(address, std / expected, dp.mode))
+        else:
+            gradients, noise = (
+                during.enter_context(attached(kept, mode, norm)),
+                Noise(address, std, dp.mode),
+            )
+            if mode == "ghost":
+                taker = Noised(parameters, noise, expected)
+            else:
+                taker = clipping(parameters, norm, noise, expected)
+        # Opacus' hooks move the weights, and an update keeps hold of where they are.
+        update = update_for(training, parameters, lr)
+        physical = dp.max_physical_batch_size
+        yield PrivateStep(gradients, taker, parameters, update, own, apart, physical)
 
-    class Addressed(kind):  # type: ignore[misc, valid-type]
-        """Draws noise from the whole 128-bit address: a torch seed on the CPU has 32 bits only."""
 
-        def add_noise(self) -> None:
-            self.noise_multiplier = 0.0
-            super().add_noise()
-            self.noise_multiplier = dp.noise_multiplier
-            std = dp.noise_multiplier * norm
-            for p in self.params if std else ():
-                drawn = noise.standard_normal(p.numel(), dtype=np.float32)
-                p.grad += std * torch.from_numpy(drawn).to(p).view_as(p)
+def _by_opacus(mode: Mode, parts: Sequence[nn.Module]) -> ByOpacus | None:
+    """Return how Opacus is to find gradients; none: book-keeping does, which is faster.
 
-    with attached(parts, dp.mode, norm) as gradients:
-        noisy = Addressed(
-            optimizer,
-            noise_multiplier=dp.noise_multiplier,
-            max_grad_norm=norm,
-            expected_batch_size=expected,
-            loss_reduction="mean",
+    Raises:
+        ConfigError: book-keeping is asked for and cannot follow a layer.
+    """
+    match mode:
+        case "hooks" | "functorch" | "ghost":
+            return mode
+    strange = [layer for part in parts for layer in unfollowed(part)]
+    if strange and mode == "bookkeeping":
+        raise ConfigError(
+            f"DP-SGD: book-keeping does not follow the layer {', '.join(strange)}; set "
+            "privacy.dp_sgd.grad_sample_mode = 'auto' or 'hooks'"
         )
-        yield PrivateStep(gradients, noisy, own, apart, dp)
+    return "hooks" if strange else None
 
 
 def dp_problems(module: nn.Module) -> list[str]:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fedkd.clients.noise import Noise, Taker
 from fedkd.errors import ConfigError
 
-Mode = Literal["hooks", "functorch", "ghost"]
+ByOpacus = Literal["hooks", "functorch", "ghost"]
 
 ON_PARAMETERS = (
     "grad_sample",
@@ -38,7 +39,7 @@ class PerExample:
     reaches has gradient zero, and so gets its noise like all others.
     """
 
-    def __init__(self, root: nn.Module, mode: Mode, hooks: Any) -> None:
+    def __init__(self, root: nn.Module, mode: ByOpacus, hooks: Any) -> None:
         self.ghost, self.hooks, self.modules = mode == "ghost", hooks, list(root.modules())
         self.trained = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
         self._checked = False
@@ -164,14 +165,14 @@ def _lost(what: str) -> ConfigError:
 
 
 @contextmanager
-def attached(parts: Sequence[nn.Module], mode: Mode, max_grad_norm: float) -> Iterator[PerExample]:
-    """Attach Opacus to the trainable layers of all ``parts``; take it off again, come what may.
+def attached(
+    parts: Sequence[nn.Module], mode: ByOpacus, max_grad_norm: float
+) -> Iterator[PerExample]:
+    """Attach Opacus to the trainable layers of ``parts``; take it off again, come what may.
 
     Kernels are in torch's contiguous format inside, see :func:`~fedkd.models.base.row_major`, and
     in their own afterwards; gradients are gone.
 
-    Raises:
-        ConfigError: two parts share some layers but not all, which Opacus would count twice.
     """
     from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 
@@ -179,7 +180,7 @@ def attached(parts: Sequence[nn.Module], mode: Mode, max_grad_norm: float) -> It
     warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
     # Token numbers are no floats, which functorch remarks on.
     warnings.filterwarnings("ignore", message="In C[A-Z]+ autocast", category=UserWarning)
-    root = nn.ModuleList(_separate(parts))
+    root = nn.ModuleList(parts)
     strides = [(p, p.stride()) for p in root.parameters()]
     hooks: Any = None
     try:
@@ -205,6 +206,36 @@ def attached(parts: Sequence[nn.Module], mode: Mode, max_grad_norm: float) -> It
                 )
 
 
+def clipping(
+    parameters: Sequence[nn.Parameter], max_grad_norm: float, noise: Noise, expected: float
+) -> Taker:
+    """Return Opacus' optimizer, which clips ``p.grad_sample`` and sums it, with addressed noise."""
+    from opacus.optimizers import DPOptimizer
+
+    class Addressed(DPOptimizer):
+        """Does all but the update."""
+
+        def take(self, last: bool) -> None:
+            self.signal_skip_step(do_skip=not last)
+            self.pre_step()
+            if last:
+                for p in self.params:
+                    p.summed_grad = None
+
+        def add_noise(self) -> None:
+            super().add_noise()
+            noise.add([p.grad for p in self.params])
+
+    taker: Taker = Addressed(
+        torch.optim.SGD(parameters),
+        noise_multiplier=0.0,
+        max_grad_norm=max_grad_norm,
+        expected_batch_size=expected,
+        loss_reduction="mean",
+    )
+    return taker
+
+
 def _forget(root: nn.Module) -> None:
     for module in root.modules():
         for mark in ON_MODULES:
@@ -215,8 +246,12 @@ def _forget(root: nn.Module) -> None:
         p.grad = None
 
 
-def _separate(parts: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the parts without those that are inside others; each layer is then there once."""
+def separate(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the parts without those that are inside others; each layer is then there once.
+
+    Raises:
+        ConfigError: two parts share some layers but not all, which would be counted twice.
+    """
     unique = list({id(part): part for part in parts}.values())
     inside = {id(m) for part in unique for m in part.modules() if m is not part}
     kept = [part for part in unique if id(part) not in inside]

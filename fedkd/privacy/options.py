@@ -39,9 +39,12 @@ class DpSgd:
         float, Field(gt=0, description="L2 norm of one example's gradient; inf does not clip")
     ] = 1.0
     grad_sample_mode: Annotated[
-        Literal["hooks", "functorch", "ghost"],
-        Field(description="how Opacus gets per-example gradients; ghost: norms only, less memory"),
-    ] = "hooks"
+        Literal["auto", "bookkeeping", "hooks", "functorch", "ghost"],
+        Field(
+            description="how gradients of examples are clipped: book-keeping, one pass without "
+            "forming them; by Opacus' hooks, functorch or ghost clipping; auto: the fastest"
+        ),
+    ] = "auto"
     max_physical_batch_size: Annotated[
         NotNegative, Field(description="examples in memory at once; 0: the whole Poisson batch")
     ] = 0

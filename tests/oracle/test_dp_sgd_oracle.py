@@ -1,12 +1,12 @@
 """DP-SGD against a reference that takes examples one by one: clip, sum, add noise, divide."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fedkd.clients.dp_sgd import DpSgd, poisson
 from fedkd.clients.local import Batch, Term, fit
+from fedkd.clients.noise import Noise
 from fedkd.clients.per_example import attached, linear_norms
 from fedkd.clients.teacher_terms import FromPeer, Peer, PeerSupervised, ToPeer
 from fedkd.clients.terms import Distil, HeadSupervised, Proximal, Supervised
@@ -30,7 +30,7 @@ SMALL = {
     "resnet8": {"width": 4, "groups": 2},
     "vit-tiny": {"width": 8, "depth": 1, "heads": 2, "hidden": 12},
 }
-MODES = ["hooks", "functorch", "ghost"]
+MODES = ["hooks", "functorch", "ghost", "bookkeeping"]
 
 
 def network(name, seed=0):
@@ -100,7 +100,9 @@ def reference(net, split, terms, training, lr, rng, dp):
     own = [t for t in terms if t.dp == "per-example"]
     apart = [t for t in terms if t.dp == "weights-only"]
     parameters = trained(net, terms)
-    noise = rng.child("dp-noise", dp.address).numpy()
+    noise = Noise(
+        rng.child("dp-noise", dp.address), dp.noise_multiplier * dp.max_grad_norm, dp.mode
+    )
     expected = min(training.batch_size, len(split))
     for _, _, index in poisson(split, training, rng):
         total = [torch.zeros_like(p) for p in parameters]
@@ -109,11 +111,8 @@ def reference(net, split, terms, training, lr, rng, dp):
             factor = min(1.0, dp.max_grad_norm / (float(norm) + 1e-6))
             for t, g in zip(total, gradient, strict=True):
                 t.add_(factor * g)
-        std = dp.noise_multiplier * dp.max_grad_norm
+        noise.add(total)
         for t in total:
-            if std:
-                drawn = noise.standard_normal(t.numel(), dtype=np.float32)
-                t.add_(std * torch.from_numpy(drawn).view_as(t))
             t.div_(expected)
         for term in apart:
             value = term.weight * term(None)

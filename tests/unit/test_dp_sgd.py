@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from fedkd.clients.books.book import opened
 from fedkd.clients.client import Client
 from fedkd.clients.dp_sgd import DpSgd, dp_problems, poisson, rate_of, steps_of
 from fedkd.clients.local import Term, fit
+from fedkd.clients.noise import BLOCK, BoxMuller, Noise
 from fedkd.clients.per_example import ON_MODULES, ON_PARAMETERS, attached
 from fedkd.clients.terms import HeadSupervised, Proximal, Supervised
 from fedkd.clients.training import Training
@@ -22,7 +24,7 @@ from fedkd.models.book import ModelBook, to_arrays
 from fedkd.rng import Rng
 from fedkd.types import ClientInfo, Task
 
-MODES = ["hooks", "functorch", "ghost"]
+MODES = ["hooks", "functorch", "ghost", "bookkeeping"]
 IMAGES = Task(name="grey", input_shape=(1, 6, 6), classes=3)
 
 
@@ -554,9 +556,13 @@ def test_networks_are_as_before_but_for_their_weights(mode, term):
     split = Split(torch.randn(9, 1, 6, 6, generator=Rng(0).torch()), torch.arange(9) % 3)
     training = Training(epochs=4, batch_size=4, frozen=("conv1",))
     before = weights(net)
-    with attached([net], mode, 1.0):
-        assert traces(net)
-        assert all(p.is_contiguous() for p in net.parameters())
+    if mode == "bookkeeping":
+        with opened([net], 1.0):
+            assert traces(net)
+    else:
+        with attached([net], mode, 1.0):
+            assert traces(net)
+            assert all(p.is_contiguous() for p in net.parameters())
     assert weights(net) == before
     try:
         fit(net, split, [term()], training, 0.1, Rng(0), DpSgd(1.0, mode=mode))
@@ -721,3 +727,58 @@ def test_clients_and_rounds_have_coins_and_noise_of_their_own():
         ends.append(weights(net))
     assert not set(ends[0].values()) & set(ends[1].values())
     assert not set(ends[0].values()) & set(ends[2].values())
+
+
+# Where noise comes from
+
+
+def drawn(mode, *sizes, address="x", std=2.0):
+    noise, found = Noise(Rng(0).child(address), std, mode), [torch.zeros(n, 3) for n in sizes]
+    for tensor in found:
+        noise.add([tensor])
+    return torch.cat(found)
+
+
+def test_hooks_and_their_kin_draw_the_normal_numbers_of_numpy():
+    expected = Rng(0).child("x").numpy().standard_normal((12, 3), dtype=np.float32)
+    for mode in ("hooks", "functorch", "ghost"):
+        assert torch.equal(drawn(mode, 5, 7), 2 * torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "bookkeeping", "auto"])
+def test_noise_is_normal_and_that_of_its_address(mode):
+    x = drawn(mode, 40_001, 3).flatten().double()
+    assert torch.equal(drawn(mode, 40_001, 3).flatten().double(), x)
+    other = drawn(mode, 40_001, 3, address="y").flatten().double()
+    n = len(x)
+    for z in (x / 2, other / 2):
+        assert abs(z.mean()) < 5 / math.sqrt(n)
+        assert z.var().item() == pytest.approx(1.0, abs=5 * math.sqrt(2 / n))
+        # By the normal distribution function: half a percent is 1.73 / sqrt(n), never by chance.
+        places = (torch.erf(z.sort().values / math.sqrt(2)) + 1) / 2
+        assert (places - torch.arange(n) / n).abs().max() < 0.005
+    assert abs(torch.corrcoef(torch.stack([x, other]))[0, 1]) < 5 / math.sqrt(n)
+    # Sines and cosines of one pair, of blocks one after another, and neighbours.
+    for apart in (1, BLOCK // 2, BLOCK):
+        pairs = torch.corrcoef(torch.stack([x[apart:], x[:-apart]]))
+        squares = torch.corrcoef(torch.stack([x[apart:], x[:-apart]]).square())
+        assert abs(pairs[0, 1]) < 5 / math.sqrt(n)
+        assert abs(squares[0, 1]) < 5 / math.sqrt(n)
+
+
+def test_the_tails_of_box_muller():
+    class Words:
+        """The smallest words, then the largest."""
+
+        def __init__(self, value):
+            self.value = value
+
+        def random_raw(self, n):
+            return np.full(n, self.value, np.uint64)
+
+    for value, most in ((0, 9.42), (2**64 - 1, 0.0)):
+        source, out = BoxMuller(Rng(0)), torch.empty(3)
+        source._bits = Words(value)
+        source.fill(out)
+        assert out.isfinite().all()
+        assert out.abs().max().item() == pytest.approx(most, abs=0.01)
