@@ -12,10 +12,12 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.clients.client import Client, Predictor
-from fedkd.clients.judge import judge
+from fedkd.clients.judge import Verdicts
+from fedkd.clients.local import Fitter, fit
 from fedkd.data.federated import ClientData, Split
 from fedkd.engine.codec import Cache, decode, encode
 from fedkd.engine.desk import Desk
+from fedkd.engine.flower_private import filled
 from fedkd.engine.setup import Prepared
 from fedkd.errors import RunError
 from fedkd.types import Arrays, Metrics
@@ -30,14 +32,18 @@ OnFailure = Callable[[int, Client, Arrays, BaseException], None]
 
 
 class ClientSide:
-    """Handles the messages of all simulated clients; nothing of a client is kept here.
+    """Handles the messages of all simulated clients; nothing of a client is kept here but verdicts.
 
-    ``on_failure`` is told of a client whose local work raised, with what it was given.
+    ``on_failure`` is told of a client whose local work raised, with what it was given; ``fitter``
+    is what clients train through: the one loop, or an executor's.
     """
 
-    def __init__(self, prepared: Prepared, on_failure: OnFailure | None = None) -> None:
-        self.prepared, self.on_failure = prepared, on_failure
+    def __init__(
+        self, prepared: Prepared, on_failure: OnFailure | None = None, fitter: Fitter = fit
+    ) -> None:
+        self.prepared, self.on_failure, self.fitter = prepared, on_failure, fitter
         self.desk = Desk(prepared)
+        self.verdicts = Verdicts()
         self._lock = threading.Lock()
         self._exchange: tuple[int, str] = (0, "")
         self._decoded: Cache = {}
@@ -73,17 +79,17 @@ class ClientSide:
                 # The data paid, whatever became of the round.
                 client.state = before
                 self.desk.book(client)
-                context.state[STATE] = encode(client.state)
+                remember(context, client.state)
             raise
         self.desk.book(client)
-        context.state[STATE] = encode(client.state)
+        remember(context, client.state)
         metrics = {f"fit|{key}": float(value) for key, value in update.metrics.items()}
         if config["judge"]:
             metrics |= self.judged(client, "own", update.predictor, bool(config["global"]))
         metrics["num-examples"] = float(client.info.examples)
-        content = RecordDict({"metrics": MetricRecord(dict(sorted(metrics.items())))})
+        content = _report(dict(sorted(metrics.items())))
         if not config.get(LOST):
-            content["arrays"] = encode(arrays)
+            content["arrays"] = encode(arrays, own=True)
         if client.spent:
             rows = [float(number) for event in client.spent for number in event]
             content[SPENT] = MetricRecord({"events": rows})
@@ -97,7 +103,7 @@ class ClientSide:
         predictor = self.prepared.strategy.predictor(client, received)
         metrics = self.judged(client, "composite", predictor, bool(config["global"]))
         metrics["num-examples"] = float(client.info.examples)
-        return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+        return Message(_report(metrics), reply_to=message)
 
     def _cache(self, message: Message) -> Cache:
         """Return what this exchange has decoded already; the one before is let go of."""
@@ -128,24 +134,27 @@ class ClientSide:
             rounds=prepared.experiment.rounds,
             device=prepared.device,
             public=prepared.setting.public,
+            fitter=self.fitter,
         )
 
     def data(self, k: int) -> ClientData:
         """Return a client's data on the device; a pooled strategy trains on everybody's."""
         own = self.prepared.federation.client(k)
         if self.prepared.strategy.pooled and k == 0:
-            own = ClientData(self._pool.train, own.validation, own.test)
+            kept = own
+            own = ClientData(lambda: self._pool.train, lambda: kept.validation, lambda: kept.test)
         if self.prepared.device.type == "cpu":
             return own
-        return ClientData(*(self._moved(s) for s in (own.train, own.validation, own.test)))
+        return own.mapped(self._moved)
 
     def judged(self, client: Client, readout: str, predict: Predictor, everywhere: bool) -> Metrics:
         """Judge predictors on the client's own splits, and on the global test set if asked."""
-        classes = client.task.classes
+        classes, own = client.task.classes, readout == "own"
         found: Metrics = {}
         splits = {"validation": client.data.validation, "test": client.data.test}
-        for split, examples in splits.items():
-            for name, verdict in judge(predict, examples, classes).items():
+        judged = self.verdicts.judge(client.info.id, predict, splits, classes, likely=own)
+        for split, verdicts in judged.items():
+            for name, verdict in verdicts.items():
                 found[f"{readout}|{name}|{split}|accuracy"] = verdict.accuracy
                 found[f"{readout}|{name}|{split}|loss"] = verdict.loss
                 if client.task.sequence:
@@ -153,7 +162,10 @@ class ClientSide:
                     found[f"{readout}|{name}|{split}|bits_per_character"] = bits
         if everywhere:
             absent = self.prepared.federation.absent(client.info.id)
-            for name, verdict in judge(predict, self._global_test, classes).items():
+            # One place for all clients of an architecture: often they have the same weights.
+            place, test = client.info.model, {"global": self._global_test}
+            judged = self.verdicts.judge(place, predict, test, classes, likely=True)
+            for name, verdict in judged["global"].items():
                 found[f"{readout}|{name}|global|accuracy"] = verdict.accuracy
                 if client.task.sequence:
                     bits = verdict.bits_per_character(client.task.class_names)
@@ -177,6 +189,17 @@ class ClientSide:
     def _global_test(self) -> Split:
         limit = self.prepared.experiment.evaluate.global_per_class
         return self._moved(self.prepared.federation.global_test(limit))
+
+
+def remember(context: Context, state: Arrays) -> None:
+    """Put a client's memory into its node's state; one that never had any leaves none."""
+    if state or STATE in context.state:
+        context.state[STATE] = encode(state, own=True)
+
+
+def _report(metrics: Metrics) -> RecordDict:
+    """Return the content of a reply that says ``metrics``, which are plain floats."""
+    return filled(RecordDict(), {"metrics": filled(MetricRecord(), metrics)})
 
 
 def client_id(context: Context) -> int:

@@ -6,26 +6,30 @@ node, replies in request order, errors as Flower's error replies.
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.engine import flower_private
-from fedkd.engine.executors import Executor, Outcome, Serial, attempt
+from fedkd.engine.contexts import FIRST_NODE_ID, RUN_ID, Contexts, Task, marks, unchanged
+from fedkd.engine.executors.base import Executor, Outcome, attempt
+from fedkd.engine.executors.process import DeadWorkerError
+from fedkd.engine.executors.serial import Serial
+from fedkd.engine.held import shared
 from fedkd.engine.ledger import Ledger
 from fedkd.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)
 
-RUN_ID = 1
-FIRST_NODE_ID = 1000
 PATIENCE = 10
+CHUNK = 64
+"""Messages in memory at a time in a stream: enough to keep workers busy and stacks full."""
 
 UserConfig = dict[str, bool | float | int | str]
 
@@ -79,16 +83,7 @@ class LocalGrid(Grid):
         self.client_app, self.executor, self.ledger = client_app, executor or Serial(), ledger
         self.costs = costs
         self.failures: list[Failure] = []
-        self.contexts: dict[int, Context] = {}
-        for partition in range(num_nodes):
-            own = dict(node_configs[partition]) if node_configs else {}
-            self.contexts[FIRST_NODE_ID + partition] = Context(
-                run_id=RUN_ID,
-                node_id=FIRST_NODE_ID + partition,
-                node_config={"partition-id": partition, "num-partitions": num_nodes, **own},
-                state=RecordDict(),
-                run_config=dict(run_config or {}),
-            )
+        self.contexts = Contexts(num_nodes, dict(run_config or {}), node_configs)
         self._run = flower_private.empty_run(RUN_ID)
         self._sent = 0
         self._waiting_for_nodes = 0
@@ -163,6 +158,19 @@ class LocalGrid(Grid):
         """Run the messages and return one reply for each, in the same order."""
         return self.pull_messages(self.push_messages(messages))
 
+    def stream(self, messages: Iterable[Message], chunk: int = CHUNK) -> Iterator[Message]:
+        """Run the messages ``chunk`` at a time and yield one reply for each, in the same order.
+
+        Messages are taken and replies given as the caller goes on, so memory does not grow with
+        their number. Every message of a chunk is run before any of the next.
+
+        Raises:
+            TypeError: an item is not a message with content.
+        """
+        following = iter(messages)
+        while batch := list(islice(following, chunk)):
+            yield from self.send_and_receive(batch)
+
     def _identify(self, message: Message) -> None:
         if not isinstance(message, Message) or not message.has_content():
             raise TypeError(f"expected messages with content, got {message!r:.200}")
@@ -174,21 +182,39 @@ class LocalGrid(Grid):
         by_node: dict[int, list[int]] = {}
         for index, message in enumerate(batch):
             by_node.setdefault(message.metadata.dst_node_id, []).append(index)
-        groups = list(by_node.values())
-
-        def run(group: int) -> list[Outcome[Message]]:
-            return [attempt(self._answer, batch[index]) for index in groups[group]]
-
+        tasks = [
+            Task(node, tuple(batch[index] for index in group), self.contexts.state(node))
+            for node, group in by_node.items()
+        ]
         cost = self.costs or (lambda _: 1.0)
-        costs = [sum(cost(batch[index]) for index in group) for group in groups]
+        costs = [sum(cost(message) for message in task.messages) for task in tasks]
         done: dict[int, Outcome[Message]] = {}
-        for group, outcome in zip(groups, self.executor.map(run, costs), strict=True):
-            done.update(zip(group, outcome.get(), strict=True))
+        try:
+            found = self.executor.map(self._serve, tasks, costs)
+        except DeadWorkerError as error:
+            raise RunError(_of_whom(tasks[error.index], error.how)) from None
+        for (node, group), outcome in zip(by_node.items(), found, strict=True):
+            answers, state = outcome.get()
+            if state is not None:
+                self.contexts.keep(node, state)
+            done.update(zip(group, answers, strict=True))
         return [done[index] for index in range(len(batch))]
 
-    def _answer(self, message: Message) -> Message:
+    def _serve(self, task: Task) -> tuple[list[Outcome[Message]], RecordDict | None]:
+        """Answer the messages of one node; what it returns is all that comes back of a worker.
+
+        Returns the answers, and the state where it may have changed.
+        """
+        context, before = None, marks(task.state)
+        if task.home in self.contexts:
+            context = self.contexts.around(task.home, task.state)
+        answers = [attempt(self._answer, message, context) for message in task.messages]
+        if context is None or (context.state is task.state and unchanged(task.state, before)):
+            return answers, None
+        return answers, context.state
+
+    def _answer(self, message: Message, context: Context | None) -> Message:
         """Call the client app; runs in a worker."""
-        context = self.contexts.get(message.metadata.dst_node_id)
         if context is None:
             raise _NoSuchNodeError(
                 f"there is no node {message.metadata.dst_node_id}: the nodes are "
@@ -252,6 +278,16 @@ class LocalGrid(Grid):
         )
 
 
+def _of_whom(task: Task, how: str) -> str:
+    """Say what a worker died of, and whose work it did."""
+    first = task.messages[0]
+    return (
+        f"a worker process {how} while client {task.home - FIRST_NODE_ID} answered "
+        f"{kind(first)!r} of round {round_of(first)}; use engine.executor = 'thread', or fewer "
+        "engine.workers where memory ran out"
+    )
+
+
 class _NoSuchNodeError(LookupError):
     """A message was sent to a node that does not exist."""
 
@@ -283,20 +319,17 @@ def copied(content: RecordDict) -> RecordDict:
     The bytes of arrays are immutable and stay shared: :func:`fedkd.engine.codec.decode` sees from
     that which arrays it has decoded before.
     """
-    fresh = RecordDict()
-    for name, record in content.items():
-        fresh[name] = _copied(record)
-    return fresh
+    return flower_private.filled(
+        RecordDict(), {name: _copied(record) for name, record in content.items()}
+    )
 
 
 def _copied(record: Any) -> ArrayRecord | MetricRecord | ConfigRecord:
     if isinstance(record, ArrayRecord):
-        arrays = ArrayRecord()
-        for key, array in record.items():
-            arrays[key] = copy.copy(array)
-        return arrays
+        return flower_private.filled(ArrayRecord(), {k: shared(a) for k, a in record.items()})
     values = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
-    return MetricRecord(values) if isinstance(record, MetricRecord) else ConfigRecord(values)
+    empty = MetricRecord() if isinstance(record, MetricRecord) else ConfigRecord()
+    return flower_private.filled(empty, values)
 
 
 def _copy_for_client(message: Message) -> Message:

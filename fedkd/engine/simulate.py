@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from fedkd.engine.contexts import RUN_ID
 from fedkd.engine.executors import Executor, Outcome, Serial, make_executor, one_torch_thread
 from fedkd.engine.flower_private import quiet_flower, task_identity
-from fedkd.engine.grid import RUN_ID, Failure, LocalGrid
+from fedkd.engine.grid import Failure, LocalGrid
 from fedkd.engine.ledger import Ledger
 from fedkd.errors import ConfigError
 
+T = TypeVar("T")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 
@@ -66,10 +68,11 @@ def simulate(
         num_supernodes: clients; all are there in round 1.
         run_config: as ``[tool.flwr.app.config]``; nested tables become ``a.b`` keys.
         node_configs: extra ``node_config`` of each client, in partition order.
-        executor: ``serial``, ``thread``, ``auto`` or one of your own. Threads give the same
-            result as ``serial`` unless client code draws from a global random generator, which
-            threads share: then a warning says so. That is why ``serial`` is the default here.
-        workers: number of threads.
+        executor: ``serial``, ``thread``, ``process``, ``auto`` or one of your own, which is left
+            open. All give the same result unless client code draws from a global random
+            generator: then a warning says so. That is why ``serial`` is the default here. Of what
+            a client's work changes in ``process``, only its reply and its context come back.
+        workers: number of threads or processes.
         ledger: counts bytes; a new one by default.
         seed: of the global generators of Python, NumPy and torch (Flower's own strategies sample
             clients with them), which are put back afterwards; ``None`` leaves them alone.
@@ -86,18 +89,23 @@ def simulate(
     _check(server_app, client_app, num_supernodes)
     config = flattened(run_config or {})
     books = Ledger() if ledger is None else ledger
+    runner = _runner(executor, workers)
     grid = LocalGrid(
         client_app,
         num_supernodes,
         run_config=config,
         node_configs=node_configs,
-        executor=_runner(executor, workers),
+        executor=runner if isinstance(runner, Serial) else _WatchesGenerators(runner),
         ledger=books,
     )
     context = Context(RUN_ID, 0, node_config={}, state=RecordDict(), run_config=dict(config))
     start = time.perf_counter()
-    with in_process(verbose), _seeded(seed):
-        server_app(grid, context)
+    try:
+        with in_process(verbose), _seeded(seed):
+            server_app(grid, context)
+    finally:
+        if runner is not executor:
+            runner.close()
     return SimulationResult(context, grid, books, time.perf_counter() - start)
 
 
@@ -158,7 +166,7 @@ def _runner(executor: str | Executor, workers: int | None) -> Executor:
             f"executor = {executor!r}, workers = {workers!r}: give the name of an executor, or an "
             "Executor without workers"
         )
-    return made if isinstance(made, Serial) else _WatchesGenerators(made)
+    return made
 
 
 class _WatchesGenerators(Executor):
@@ -167,17 +175,40 @@ class _WatchesGenerators(Executor):
     def __init__(self, inner: Executor) -> None:
         self.inner, self.warned = inner, False
 
-    def map(self, function: Callable[[int], R], costs: Sequence[float]) -> list[Outcome[R]]:
+    def map(
+        self, function: Callable[[T], R], items: Sequence[T], costs: Sequence[float]
+    ) -> list[Outcome[R]]:
         before = _generator_states()
-        outcomes = self.inner.map(function, costs)
-        if not self.warned and len(costs) > 1 and _generator_states() != before:
+        watched = self.inner.map(_Watched(function, self.inner.shares_memory), items, costs)
+        moved = any(outcome.error is None and outcome.get()[1] for outcome in watched)
+        if not self.warned and len(items) > 1 and (moved or _generator_states() != before):
             self.warned = True
             log.warning(
                 "client code draws from a global random generator (random, numpy.random or torch), "
-                "which all threads share: results can depend on timing. Use executor='serial', or "
-                "give each client its own generator"
+                "which all workers share or copy: results can depend on timing. Use "
+                "executor='serial', or give each client its own generator"
             )
-        return outcomes
+        return [_unwatched(outcome) for outcome in watched]
+
+
+@dataclass(frozen=True)
+class _Watched(Generic[T, R]):
+    """Work that tells whether it moved a generator, where its process has generators of its own."""
+
+    work: Callable[[T], R]
+    here: bool
+
+    def __call__(self, item: T) -> tuple[R, bool]:
+        if self.here:
+            return self.work(item), False
+        before = _generator_states()
+        return self.work(item), _generator_states() != before
+
+
+def _unwatched(outcome: Outcome[tuple[R, bool]]) -> Outcome[R]:
+    if outcome.error is None:
+        return Outcome(outcome.get()[0])
+    return Outcome(error=outcome.error, traceback=outcome.traceback)
 
 
 def _generator_states() -> tuple[object, ...]:

@@ -9,7 +9,7 @@ from the last checkpoint to the very bits that an undisturbed run ends with.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,13 +55,14 @@ class Run:
         self.prepared, self.folder = prepared, folder
         self.experiment = prepared.experiment
         self.strategy = FlowerStrategy(prepared)
-        self.side = ClientSide(prepared, on_failure=keep_failure(folder.path))
-        self.ledger, self.log = Ledger(), Log(prepared.federation.clients)
         engine = self.experiment.engine
+        self.executor = make_executor(engine.executor, engine.workers or None, prepared)
+        self.side = ClientSide(prepared, keep_failure(folder.path), self.executor.fitter)
+        self.ledger, self.log = Ledger(), Log(prepared.federation.clients)
         self.grid = LocalGrid(
             self.side.app(),
             prepared.federation.clients,
-            executor=make_executor(engine.executor, engine.workers or None),
+            executor=self.executor,
             ledger=self.ledger,
             costs=self._cost,
         )
@@ -95,7 +96,7 @@ class Run:
             return self.begin()
         self.state = loaded.server
         for k, arrays in loaded.clients.items():
-            self.grid.contexts[FIRST_NODE_ID + k].state[STATE] = encode(arrays)
+            self.grid.contexts[FIRST_NODE_ID + k].state[STATE] = encode(arrays, own=True)
         # Asked again here: the ledger has these messages already.
         self.strategy.nodes(self.grid)
         self.ledger.load_state_dict(loaded.extra["ledger"])
@@ -168,6 +169,10 @@ class Run:
         self.folder.event("finished")
         return summary
 
+    def close(self) -> None:
+        """End the executor's workers."""
+        self.executor.close()
+
     def headline(self) -> dict[str, str]:
         """Return the read-out and predictor that this strategy is compared by."""
         return {"readout": "composite", "predict": self.experiment.predict}
@@ -177,10 +182,15 @@ class Run:
         context = self.grid.contexts[FIRST_NODE_ID + k]
         return decode(context.state[STATE]) if STATE in context.state else {}
 
-    def _exchange(self, messages: list[Message]) -> list[Message]:
-        if messages and messages[0].metadata.message_type == "train":
-            self._changed |= {m.metadata.dst_node_id - FIRST_NODE_ID for m in messages}
-        return self.grid.send_and_receive(messages)
+    def _exchange(self, messages: Iterable[Message]) -> Iterable[Message]:
+        """Run messages as they are made; each reply is handed on and not kept."""
+        return self.grid.stream(self._noted(messages))
+
+    def _noted(self, messages: Iterable[Message]) -> Iterator[Message]:
+        for message in messages:
+            if message.metadata.message_type == "train":
+                self._changed.add(message.metadata.dst_node_id - FIRST_NODE_ID)
+            yield message
 
     def _replayable(self, round_: int, failure: str) -> str:
         """Add the command that replays a failure, where its input was kept."""
@@ -300,4 +310,5 @@ def _played(current: Run, resume: bool, watcher: Watcher | None) -> dict[str, An
                     watcher.finished_round(round_, current.log, failures)
         return current.finish()
     finally:
+        current.close()
         current.sinks.finish(None)

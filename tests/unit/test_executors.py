@@ -9,23 +9,37 @@ import pytest
 import torch
 from torch import nn
 
-from fedkd.engine import executors as module
 from fedkd.engine.executors import (
+    Cohort,
     Executor,
     Outcome,
+    Processes,
     Serial,
     Threads,
     attempt,
     cores,
-    default_executor,
     make_executor,
     one_torch_thread,
 )
 from fedkd.engine.registries import executors
 from fedkd.errors import ConfigError
 
-SIX = [1.0] * 6
-BOTH = [Serial(), Threads(workers=3)]
+SIX = range(6)
+ONES = [1.0] * 6
+KINDS = {
+    "serial": Serial(),
+    "thread": Threads(workers=3),
+    "process": Processes(workers=3),
+    "cohort": Cohort(workers=3),
+}
+every = pytest.mark.parametrize("name", KINDS)
+parallel = pytest.mark.parametrize("name", [name for name in KINDS if name != "serial"])
+
+
+@pytest.fixture
+def executor(name: str) -> Iterator[Executor]:
+    yield KINDS[name]
+    KINDS[name].close()
 
 
 def train_a_conv_net(client: int) -> torch.Tensor:
@@ -46,22 +60,28 @@ def train_a_conv_net(client: int) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-def test_threads_train_bit_identically_to_serial() -> None:
+@parallel
+def test_workers_train_bit_identically_to_serial(executor: Executor) -> None:
     costs = [1.0, 5.0, 2.0, 4.0, 3.0, 6.0]
     with one_torch_thread():
-        serial = [o.get() for o in Serial().map(train_a_conv_net, costs)]
-        threads = [o.get() for o in Threads(workers=3).map(train_a_conv_net, costs)]
-    assert all(torch.equal(a, b) for a, b in zip(serial, threads, strict=True))
+        serial = [o.get() for o in Serial().map(train_a_conv_net, SIX, costs)]
+        others = [o.get() for o in executor.map(train_a_conv_net, SIX, costs)]
+    assert all(torch.equal(a, b) for a, b in zip(serial, others, strict=True))
     assert not torch.equal(serial[0], serial[1])
 
 
-def test_every_worker_has_one_torch_thread() -> None:
+def torch_threads(_: int) -> int:
+    return torch.get_num_threads()
+
+
+@every
+def test_every_worker_has_one_torch_thread(executor: Executor) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with one_torch_thread():
             inside = torch.get_num_threads()
-            seen = [o.get() for o in Threads(workers=3).map(lambda _: torch.get_num_threads(), SIX)]
+            seen = [o.get() for o in executor.map(torch_threads, SIX, ONES)]
         assert (inside, set(seen), torch.get_num_threads()) == (1, {1}, 2)
     finally:
         torch.set_num_threads(before)
@@ -74,39 +94,62 @@ def test_one_torch_thread_is_undone_after_an_error() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("executor", BOTH, ids=["serial", "thread"])
-def test_outcomes_come_in_index_order_and_errors_harm_nobody(executor: Executor) -> None:
-    def work(index: int) -> int:
-        if index == 1:
+@every
+def test_outcomes_come_in_order_and_errors_harm_nobody(executor: Executor) -> None:
+    def work(item: str) -> str:
+        if item == "b":
             raise ValueError("bad client")
-        if index == 2:
+        if item == "c":
             raise SystemExit(3)
-        return 10 * index
+        return 2 * item
 
-    outcomes = executor.map(work, [1, 9, 9, 2])
-    assert [o.value for o in outcomes] == [0, None, None, 30]
+    outcomes = executor.map(work, ["a", "b", "c", "d"], [1, 9, 9, 2])
+    assert [o.value for o in outcomes] == ["aa", None, None, "dd"]
     assert "ValueError: bad client" in outcomes[1].traceback
+    assert "in work" in outcomes[1].traceback
     assert isinstance(outcomes[2].error, SystemExit)
     with pytest.raises(ValueError, match="bad client"):
         outcomes[1].get()
-    assert executor.map(work, []) == []
+    assert executor.map(work, [], []) == []
+    assert [o.get() for o in executor.map(work, "xy", [1, 1])] == ["xx", "yy"]
 
 
 def test_longest_work_starts_first() -> None:
     started: list[int] = []
-    Threads(workers=1).map(started.append, [1.0, 3.0, 2.0, 3.0])
+    Threads(workers=1).map(started.append, range(4), [1.0, 3.0, 2.0, 3.0])
     assert started == [1, 3, 2, 0]
 
 
 def test_serial_stays_in_the_callers_thread() -> None:
-    outcomes = Serial().map(lambda _: threading.get_ident(), [1, 1])
+    outcomes = Serial().map(lambda _: threading.get_ident(), [1, 1], [1, 1])
     assert {o.value for o in outcomes} == {threading.get_ident()}
 
 
-def test_threads_run_at_the_same_time() -> None:
+@pytest.mark.parametrize("executor", [Threads(workers=3), Cohort(workers=3)], ids=str)
+def test_threads_run_at_the_same_time(executor: Executor) -> None:
     barrier = threading.Barrier(3, timeout=30)
-    outcomes = Threads(workers=3).map(lambda _: barrier.wait(), [1, 1, 1])
+    outcomes = executor.map(lambda _: barrier.wait(), range(3), [1, 1, 1])
     assert sorted(o.get() for o in outcomes) == [0, 1, 2]
+    executor.close()
+
+
+@pytest.mark.parametrize("executor", [Threads(workers=2), Cohort(workers=2)], ids=str)
+def test_threads_are_kept_until_they_are_closed(executor: Executor) -> None:
+    before = set(threading.enumerate())
+
+    def work(_: int) -> str:
+        return threading.current_thread().name
+
+    for _ in range(2):
+        executor.map(work, SIX, ONES)
+    mine = set(threading.enumerate()) - before
+    assert 1 <= len(mine) <= 2
+    executor.close()
+    for thread in mine:
+        thread.join(10)
+    assert not set(threading.enumerate()) & mine
+    assert executor.map(work, [0], [1.0])[0].get().startswith("fedkd")
+    executor.close()
 
 
 @pytest.fixture
@@ -129,18 +172,18 @@ def test_ctrl_c_drops_what_has_not_started() -> None:
         go_on.wait(30)
 
     with pytest.raises(KeyboardInterrupt):
-        Threads(workers=2).map(work, [1.0] * 20)
+        Threads(workers=2).map(work, range(20), [1.0] * 20)
     go_on.set()
     assert set(started) <= {0, 1}
 
 
-@pytest.mark.parametrize("executor", BOTH, ids=["serial", "thread"])
+@every
 def test_keyboard_interrupt_of_a_client_goes_through(executor: Executor) -> None:
     def work(index: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        executor.map(work, [1.0, 1.0])
+        executor.map(work, [0, 1], [1.0, 1.0])
 
 
 def test_attempt_says_where_it_failed() -> None:
@@ -149,14 +192,11 @@ def test_attempt_says_where_it_failed() -> None:
     assert attempt(int, "7").get() == 7
 
 
-def test_registry_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert executors.names() == ["serial", "thread"]
+def test_registry() -> None:
+    assert executors.names() == sorted(KINDS)
     assert make_executor("thread", 3) == Threads(workers=3)
-    for count, expected in ((1, Serial()), (4, Threads())):
-        monkeypatch.setattr(module, "cores", lambda count=count: count)
-        assert default_executor() == make_executor("auto") == expected
-    assert default_executor(1) == Serial()
-    assert default_executor(2) == Threads(workers=2)
+    assert make_executor("process", 3) == Processes(workers=3) != Processes()
+    assert make_executor("cohort") == Cohort()
 
 
 def test_cores_are_those_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

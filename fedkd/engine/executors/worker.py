@@ -1,0 +1,126 @@
+"""A forked worker's life: it does what it is sent, says what came of it, ends with its parent.
+
+It was forked with the data and the code in its memory; what it changes there nobody else sees.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from logging.handlers import QueueHandler
+from typing import Any, NoReturn
+
+import torch
+
+from fedkd.engine.executors.base import Outcome, attempt
+from fedkd.engine.executors.channel import Channel, Packed, pack
+
+ALONE = 0.5
+"""Seconds after which a busy worker notices that its parent is gone."""
+
+
+def live(function: Callable[[Any], Any], channel: Channel, parent: int) -> NoReturn:
+    """Serve until the other end closes, and leave the process: the parent's code is not for it."""
+    code = 1
+    try:
+        _settle(parent)
+        serve(function, channel)
+        code = 0
+    except (EOFError, OSError):
+        code = 0
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def serve(function: Callable[[Any], Any], channel: Channel) -> None:
+    """Do batch after batch: each piece is answered by its index, its outcome and its log."""
+    told = _Kept()
+    told.replace_all()
+    slots: dict[int, bytes | bytearray] = {}
+    while True:
+        order, buffers = channel.receive()
+        if order is None:
+            return
+        if order["fresh"]:
+            slots.clear()
+        for slot, place in order["slots"]:
+            slots[slot] = buffers[place]
+        for index, body, places in order["pieces"]:
+            mine = [buffers[p] if p >= 0 else slots[-p - 1] for p in places]
+            try:
+                outcome = attempt(_do, function, Packed(body), mine)
+            except BaseException as error:
+                channel.send((index, type(error).__name__, told.taken()))
+                continue
+            answer = _packed(outcome)
+            channel.send((index, answer.body, told.taken()), answer.buffers)
+
+
+def _do(function: Callable[[Any], Any], packed: Packed, buffers: list[Any]) -> Any:
+    return function(packed.unpack(buffers))
+
+
+def _packed(outcome: Outcome[Any]) -> Packed:
+    """Pack an outcome; a value that cannot travel is an error of the work."""
+    packed = attempt(pack, outcome)
+    if packed.error is not None:
+        return pack(Outcome(error=packed.error, traceback=packed.traceback))
+    return packed.get()
+
+
+def _settle(parent: int) -> None:
+    """Make a fork of a program into a worker: its signals, its threads, its memory."""
+    # Ctrl-C reaches the whole group: the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Collecting what was there before would touch, and so copy, every page of it.
+    gc.freeze()
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process, in the middle of whatever it does, soon after its parent did."""
+    while os.getppid() == parent:
+        time.sleep(ALONE)
+    os._exit(1)
+
+
+class _Kept(QueueHandler):
+    """Keeps what is logged here, for the parent to log it: its handlers may be open files."""
+
+    def __init__(self) -> None:
+        super().__init__(None)  # type: ignore[arg-type]
+        self.records: list[dict[str, Any]] = []
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        plain = {k: v for k, v in vars(record).items() if isinstance(v, str | int | float | None)}
+        self.records.append(plain)
+
+    def replace_all(self) -> None:
+        """Take the place of every handler of this process."""
+        for logger in logging.root.manager.loggerDict.values():
+            if isinstance(logger, logging.Logger) and logger.handlers:
+                logger.handlers = [] if logger.propagate else [self]
+        logging.root.handlers = [self]
+
+    def taken(self) -> list[dict[str, Any]]:
+        """Return what was kept, and keep it no longer."""
+        records, self.records = self.records, []
+        return records
+
+
+def log_again(records: list[dict[str, Any]]) -> None:
+    """Log what a worker logged, as if it had been logged here."""
+    for record in records:
+        logging.getLogger(record["name"]).handle(logging.makeLogRecord(record))
