@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkd.clients.dp_sgd import DpSgd
 from fedkd.clients.local import FitResult, Fitter, Term, fit
@@ -118,7 +118,22 @@ class Update:
     metrics: Metrics = field(default_factory=dict)
 
 
+class ByNetworks:
+    """A predictor that follows from networks alone: with equal parameters it answers alike.
+
+    ``rule`` names how it does, and whatever else an answer depends on; a client's predictors of one
+    rule and equal ``networks``, in this order, are taken for one. They are put in evaluation mode.
+    """
+
+    def __init__(self, rule: str, networks: Sequence[nn.Module], predict: Predictor) -> None:
+        self.rule, self.networks, self._predict = rule, tuple(networks), predict
+        for network in self.networks:
+            network.eval()
+
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        return self._predict(x)
+
+
 def personal(model: BlockNet) -> Predictor:
     """Return the predictor of a network alone, under the name ``personal``."""
-    model.eval()
-    return lambda x: {"personal": model(x)}
+    return ByNetworks("personal", (model,), lambda x: {"personal": model(x)})

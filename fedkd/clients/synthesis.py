@@ -50,6 +50,12 @@ class Answers:
             self._of, self._logits = x, self.ensemble.logits(x)
         return self._logits
 
+    def known(self, x: Tensor) -> Tensor | None:
+        """Return these logits as constants, if the batch at hand is ``x`` and somebody asked."""
+        if self._of is not x or self._logits is None:
+            return None
+        return self._logits.detach()
+
 
 class Fidelity(Term):
     """The ensemble should take a sample for its label: ``-(1 - p_y)^hard log p_y``.
@@ -185,10 +191,14 @@ class MatchedStatistics(Term):
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated examples: inputs or features ``x`` (n, ...) and the labels ``y`` (n,) asked for."""
+    """Generated examples: inputs or features ``x`` (n, ...) and the labels ``y`` (n,) asked for.
+
+    ``answers`` (K, n, C) are the teachers' logits for ``x``, where they are known already.
+    """
 
     x: Tensor
     y: Tensor
+    answers: Tensor | None = None
 
 
 class BestBatch(Term):
@@ -196,13 +206,14 @@ class BestBatch(Term):
 
     A generator that starts afresh for every batch is judged by what it made, not by where it ended:
     ``samples`` holds that batch, as constants, and ``losses`` what each term was on it, by name.
+    What the teachers said of it in ``answers`` is kept with it.
     """
 
     dp = "batch-coupled"
     name = "generator"
 
-    def __init__(self, terms: Sequence[Term]) -> None:
-        self.terms, self.weight = tuple(terms), 1.0
+    def __init__(self, terms: Sequence[Term], answers: Answers | None = None) -> None:
+        self.terms, self.answers, self.weight = tuple(terms), answers, 1.0
         self.samples: Samples | None = None
         self.losses: dict[str, float] = {}
         self._lowest = float("inf")
@@ -215,10 +226,21 @@ class BestBatch(Term):
         value = float(total.detach())
         if self.samples is None or value < self._lowest:
             self._lowest = value
-            self.samples = Samples(batch.logits.detach().clone(), batch.y)
+            said = None if self.answers is None else self.answers.known(batch.logits)
+            self.samples = Samples(batch.logits.detach().clone(), batch.y, said)
             named = zip(self.terms, losses, strict=True)
             self.losses = {term.name: float(loss.detach()) for term, loss in named}
         return total
+
+
+def joined(bank: Sequence[Samples]) -> Samples:
+    """Return all samples of a bank as one, with the teachers' answers if all have them."""
+    said = [s.answers for s in bank if s.answers is not None]
+    return Samples(
+        torch.cat([s.x for s in bank]),
+        torch.cat([s.y for s in bank]),
+        torch.cat(said, dim=1) if len(said) == len(bank) else None,
+    )
 
 
 def codes_for(n: int, size: int, weights: Tensor, rng: Rng, *, learned: bool = False) -> Codes:

@@ -77,21 +77,36 @@ class Ensemble:
         """Return the fused probabilities (B, C) for inputs x, differentiable in x."""
         return self.fuse(self.logits(x), temperature, labels)
 
-    def targets(self, x: Tensor, temperature: Temperature, labels: Tensor | None = None) -> Tensor:
+    def answers(self, x: Tensor) -> Tensor:
+        """Return every teacher's logits (K, n, C) for many inputs, as constants, in chunks.
+
+        To be kept where the same inputs are asked about again: ``4 K n C`` bytes.
+        """
+        with torch.inference_mode():
+            found = [self.logits(part) for part in x.split(rows_at_once(x))]
+        return torch.cat(found, dim=1)
+
+    def targets(
+        self,
+        x: Tensor,
+        temperature: Temperature,
+        labels: Tensor | None = None,
+        answers: Tensor | None = None,
+    ) -> Tensor:
         """Return soft targets (n, C) for many inputs, as constants, in chunks.
 
-        ``temperature`` is one number, or (n,) of one for each input.
+        ``temperature`` is one number, or (n,) of one for each input. ``answers`` (K, n, C) are what
+        the teachers say of these inputs, where it is known already.
         """
         size = rows_at_once(x)
         parts = labels.split(size) if labels is not None else [None] * -(-len(x) // size)
         by_part: Sequence[Temperature] = [temperature] * len(parts)
         if isinstance(temperature, Tensor):
             by_part = temperature.split(size)
-        with torch.no_grad():
-            found = [
-                self.probs(part, t, y)
-                for part, t, y in zip(x.split(size), by_part, parts, strict=True)
-            ]
+        with torch.inference_mode():
+            said = map(self.logits, x.split(size)) if answers is None else answers.split(size, 1)
+            found = [self.fuse(z, t, y) for z, t, y in zip(said, by_part, parts, strict=True)]
+        # Outside, so that what learns from them can keep them for its gradients.
         return torch.cat(found)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import gammaln, logsumexp
 
 from fedkd.privacy.accounting import History
 
@@ -61,6 +60,8 @@ def _cumulants(noise: float, rate: float) -> np.ndarray:
         return np.full(len(orders), np.inf)
     if rate == 1:
         return orders * (orders - 1) / (2 * noise**2)
+    from scipy.special import gammaln, logsumexp
+
     k = np.arange(LAST + 1)
     a = orders[:, None]
     with np.errstate(invalid="ignore"):

@@ -29,6 +29,9 @@ from fedkd.strategies.base import Setting
 from fedkd.strategies.data_free import DataFree
 from fedkd.types import Arrays, Metrics, Upload, prefixed, select
 
+Lot = tuple[Samples, torch.Tensor]
+"""Samples and the fused answers to them."""
+
 
 class Continued(Training):
     """A training whose optimizer goes on from call to call, for networks that take turns.
@@ -57,6 +60,11 @@ class Alternating(DataFree):
     up to ``student_steps`` steps of each student on samples never seen before. The generator is
     kept on the server from round to round and never travels. ``server_steps = 0`` is FedAvg bit for
     bit.
+
+    ``replay`` is not in the papers: a turn of the generator costs many turns of the student, and
+    with ``replay = m`` only every m-th has one. The samples of one turn and the fused answers to
+    them are kept, ``student_steps * server_batch_size`` of them for each student; ``replay = 1`` is
+    the published method bit for bit.
     """
 
     fusion: Annotated[
@@ -66,6 +74,13 @@ class Alternating(DataFree):
         Count, Field(description="steps of the student a turn; server_steps counts them all")
     ] = 5
     generator_steps: Annotated[Count, Field(description="steps of the generator a turn")] = 1
+    replay: Annotated[
+        Count | None,
+        Field(
+            description="turns of the student on the same samples, the teachers' answers kept, "
+            "before the generator has its next; none: new ones in each turn, as published"
+        ),
+    ] = None
 
     @abstractmethod
     def generator_terms(
@@ -102,16 +117,20 @@ class Alternating(DataFree):
         # No number of steps: a turn is one pass over as many samples as it has steps for.
         learning = {k: Continued(self.student_training(0), s) for k, s in students.items()}
         losses: dict[str, list[float]] = {}
+        bank: dict[str, Lot] = {}
         for turn, first in enumerate(range(0, self.server_steps, self.student_steps)):
             steps = min(self.student_steps, self.server_steps - first)
-            rng = self.stream(setting, round_, "turn", turn)
-            found = self._make(generator, making, ensemble, students, labels, rng)
+            rng, found = self.stream(setting, round_, "turn", turn), dict[str, float]()
+            if turn % (self.replay or 1) == 0:
+                bank = {}
+                found = self._make(generator, making, ensemble, students, labels, rng)
             for label, student in students.items():
-                own = rng.child("student", label)
-                training = learning[label]
-                n = steps * self.server_batch_size
-                made = self._samples(n, makers, labels, own.child("samples"))
-                found[f"distil/{label}"] = self._teach(student, made, ensemble, training, own)
+                own, n = rng.child("student", label), steps * self.server_batch_size
+                if label not in bank:
+                    made = self._samples(n, makers, labels, own.child("samples"))
+                    bank[label] = made, ensemble.targets(made.x, self.temperature, made.y)
+                loss = self._teach(student, bank[label], n, learning[label], own)
+                found[f"distil/{label}"] = loss
             for name, loss in found.items():
                 losses.setdefault(f"server/{name}", []).append(loss)
         means = {name: sum(values) / len(values) for name, values in losses.items()}
@@ -147,18 +166,17 @@ class Alternating(DataFree):
                 parts.append(sample(maker, codes_for(size, self.noise, labels, rng.child(i))))
         return Samples(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))
 
-    def _teach(
-        self, student: BlockNet, made: Samples, ensemble: Ensemble, training: Training, rng: Rng
-    ) -> float:
-        """Give a student its turn, in place: one pass over ``made``; return its loss."""
+    def _teach(self, student: BlockNet, lot: Lot, n: int, training: Training, rng: Rng) -> float:
+        """Give a student its turn in place, one pass over the first n of a lot; return its loss."""
+        made, probs = lot
         result = transfer(
             student,
-            made.x,
-            ensemble.targets(made.x, self.temperature, made.y),
+            made.x[:n],
+            probs[:n],
             objective=self.criterion(),
             temperature=self.temperature,
             training=training,
             rng=rng,
-            labels=made.y,
+            labels=made.y[:n],
         )
         return result.losses["distil"]

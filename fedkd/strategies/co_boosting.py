@@ -58,6 +58,9 @@ class CoBoosting(Dense):
         if self.eta:
             bank = diversified(bank, ensemble, self.eta, setting.task.bounds, rng)
         if self.mu:
+            # Shares change what is made of the teachers' answers, never these: one pass serves both
+            # the new shares and the students' targets.
+            bank = Samples(bank.x, bank.y, answers_to(bank, ensemble))
             ensemble.weights = reweighted(ensemble, bank, self.mu * self.decay**epoch)
         return bank
 
@@ -84,6 +87,11 @@ def diversified(
     return Samples(torch.cat(moved), samples.y)
 
 
+def answers_to(samples: Samples, ensemble: Ensemble) -> Tensor:
+    """Return the teachers' logits (K, n, C) for ``samples``, computed if they are not known."""
+    return ensemble.answers(samples.x) if samples.answers is None else samples.answers
+
+
 def reweighted(ensemble: Ensemble, samples: Samples, step: float) -> Tensor:
     """Return the teachers' weights (K,), a mean of 1, after a signed step against cross-entropy.
 
@@ -91,9 +99,7 @@ def reweighted(ensemble: Ensemble, samples: Samples, step: float) -> Tensor:
     sum to 1. The gradient is that of the scaled shares, ``g_k - sum_j a_j g_j``: larger logits of
     everybody are no merit of anybody. Where nothing would be left, the weights stay.
     """
-    k = len(ensemble.teachers)
-    with torch.no_grad():
-        logits = torch.cat([ensemble.logits(x) for x in samples.x.split(CHUNK)], dim=1)
+    k, logits = len(ensemble.teachers), answers_to(samples, ensemble)
     old = ensemble.weights if ensemble.weights is not None else logits.new_ones(k)
     shares = (old / k).requires_grad_(True)
     scaled = Ensemble(ensemble.teachers, ensemble.fusion, ensemble.shares, shares / shares.mean())

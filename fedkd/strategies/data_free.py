@@ -68,7 +68,6 @@ class DataFree(ServerDistillation):
         """Return the generator with ``weights``; what they do not hold is drawn from ``rng``."""
         with torch.device("meta"):
             made = input_generator(self.noise, setting.task, self.generator_width)
-        made.to_empty(device="cpu")
         return filled(made, rng, weights).to(setting.device)
 
     def generator_training(self, steps: int) -> GeneratorTraining:

@@ -24,6 +24,7 @@ from fedkd.clients.synthesis import (
     MatchedStatistics,
     Samples,
     codes_for,
+    joined,
     train_generator,
 )
 from fedkd.clients.transfer import Ensemble, frozen, transfer
@@ -150,8 +151,7 @@ class Dense(DataFree):
             for name, value in best.losses.items():
                 key = f"server/generator/{name}"
                 metrics[key] = metrics.get(key, 0.0) + value / self.synthesis_epochs
-            joined = Samples(torch.cat([s.x for s in bank]), torch.cat([s.y for s in bank]))
-            lesson = self.lesson(joined, ensemble, epoch, setting, rng.child("lesson"))
+            lesson = self.lesson(joined(bank), ensemble, epoch, setting, rng.child("lesson"))
             metrics.update(self.teach(students, lesson, ensemble, epoch, rng))
         return {}, metrics
 
@@ -168,7 +168,7 @@ class Dense(DataFree):
             terms += [Boundary(answers, student, share) for student in students.values()]
         if self.statistics_weight:
             terms.append(MatchedStatistics(ensemble.teachers, matched, self.statistics_weight))
-        return BestBatch(terms)
+        return BestBatch(terms, answers)
 
     def synthesise(
         self,
@@ -203,7 +203,7 @@ class Dense(DataFree):
         steps = ends[1] - ends[0]
         if not steps:
             return {}
-        probs = ensemble.targets(lesson.x, self.temperature, lesson.y)
+        probs = ensemble.targets(lesson.x, self.temperature, lesson.y, lesson.answers)
         metrics: Metrics = {}
         for label, student in students.items():
             result = transfer(

@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from fedkd.clients.client import Client, Predictor, personal
+from fedkd.clients.client import Client, Predictor
 from fedkd.clients.local import Term
 from fedkd.clients.swing_targets import Softening, softening
+from fedkd.clients.teacher_terms import together
 from fedkd.clients.terms import Distil
 from fedkd.clients.training import Training
 from fedkd.clients.transfer import transfer
@@ -152,8 +153,7 @@ class DsFl(PublicExchange):
             return super().predictor(client, received)
         own = client.model(select(client.state, "model"))
         shared = client.book.make(client.book.labels[0], weights, device=client.device)
-        alone, together = personal(own), personal(shared)
-        return lambda x: {**alone(x), "global": together(x)["personal"]}
+        return together(own, "global", shared)
 
     def server_model(self, state: Arrays) -> Arrays | None:
         return select(state, "model") or None

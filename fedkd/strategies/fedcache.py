@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.heads import infer, soften
@@ -22,6 +20,7 @@ from fedkd.clients.local import Term
 from fedkd.clients.terms import Distil, Supervised
 from fedkd.distill.hashing import hash_codes, nearest_same_class, random_planes
 from fedkd.distill.objectives.base import objectives
+from fedkd.distill.targets import MaskedTargets
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
 from fedkd.options import Count, NonNegative, Positive, options
@@ -29,17 +28,6 @@ from fedkd.rng import Rng, stream
 from fedkd.strategies.averaging import loss_metrics
 from fedkd.strategies.base import Setting, Strategy, strategies
 from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
-
-
-@dataclass(frozen=True)
-class SomeSamples:
-    """One soft target for some training examples: ``probs`` (n, C) where ``mask`` (n,) is true."""
-
-    probs: Tensor
-    mask: Tensor
-
-    def __call__(self, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.probs[index], self.mask[index]
 
 
 @strategies.register("fedcache")
@@ -97,7 +85,7 @@ class FedCache(Strategy):
         arrays = self._release(client, model, received)
         return Update(arrays, personal(model), loss_metrics(result.losses))
 
-    def _targets(self, client: Client, received: Arrays) -> SomeSamples | None:
+    def _targets(self, client: Client, received: Arrays) -> MaskedTargets | None:
         """Return the softened means by example; none for newcomers, or where nobody could say."""
         if "logits/mask" not in received or len(received["logits/mean"]) == 0:
             return None
@@ -105,7 +93,7 @@ class FedCache(Strategy):
         mask = torch.from_numpy(np.unpackbits(received["logits/mask"], count=n).astype(bool))
         probs = torch.zeros(n, client.task.classes)
         probs[mask] = soften(torch.tensor(received["logits/mean"]), self.temperature)
-        return SomeSamples(probs.to(client.device), mask.to(client.device))
+        return MaskedTargets(probs.to(client.device), mask.to(client.device))
 
     def _release(self, client: Client, model: BlockNet, received: Arrays) -> Arrays:
         """Return the logits of every training example; a newcomer's codes and labels beside them.

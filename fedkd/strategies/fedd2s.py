@@ -194,9 +194,10 @@ class FedD2S(ModelAveraging):
         model = self.start(client, received)
         points = self.active(model.names, client.round)
         heads = {b: self._head(client, model, b) for b in points if b != OUTPUT}
+        taught = self._taught(client, model, points, received) if self.kd_weight else {}
         terms: list[Term] = [Supervised()]
         for point in points:
-            terms += self._terms(client, model, point, heads.get(point), received)
+            terms += self._terms(client, point, heads.get(point), taught.get(point))
         clip = self.head_max_grad_norm if heads and len(terms) > 1 else 0.0
         training = client.training
         if clip:
@@ -240,34 +241,43 @@ class FedD2S(ModelAveraging):
         return client_head(client, block, size, self.head_hidden)
 
     def _terms(
-        self,
-        client: Client,
-        model: BlockNet,
-        point: str,
-        head: BlockNet | None,
-        received: Arrays,
+        self, client: Client, point: str, head: BlockNet | None, targets: Targets | None
     ) -> list[Term]:
         terms: list[Term] = []
         if head is not None and self.head_weight:
             terms.append(HeadSupervised(head, point, self.head_weight))
-        rise = min(1.0, client.round / self.kd_warmup) if self.kd_warmup else 1.0
-        targets = self._targets(client, model, point, received) if self.kd_weight else None
         if targets is not None:
+            rise = min(1.0, client.round / self.kd_warmup) if self.kd_warmup else 1.0
             objective = objectives.get(self.objective)()
             weight = self.kd_weight * rise
             terms.append(Distil(objective, targets, self.temperature, weight, head, point))
         return terms
 
-    def _targets(
-        self, client: Client, model: BlockNet, point: str, received: Arrays
-    ) -> Targets | None:
-        teacher = select(received, f"global_head/{point}")
-        if teacher:
-            _, features = infer(model, client.data.train.x, (point,))
-            head = self._global_head(client, features[point].shape[1], teacher)
-            with torch.no_grad():
-                return SampleTargets(soften(head(features[point]), self.temperature))
-        lesson = select(received, f"soft_labels/{point}")
+    def _taught(
+        self, client: Client, model: BlockNet, points: list[str], received: Arrays
+    ) -> dict[str, Targets]:
+        """Return the soft targets of each point that is taught, for all of a client's examples.
+
+        Where heads were sent, one pass gives the features that all of them answer to.
+        """
+        sent = {p: select(received, f"global_head/{p}") for p in points}
+        by_head = tuple(p for p in points if sent[p])
+        features = infer(model, client.data.train.x, by_head)[1] if by_head else {}
+        found: dict[str, Targets] = {}
+        for point in points:
+            if point in by_head:
+                head = self._global_head(client, features[point].shape[1], sent[point])
+                with torch.no_grad():
+                    answers = head(features[point])
+                found[point] = SampleTargets(soften(answers, self.temperature))
+                continue
+            targets = self._told(client, select(received, f"soft_labels/{point}"))
+            if targets is not None:
+                found[point] = targets
+        return found
+
+    def _told(self, client: Client, lesson: Arrays) -> Targets | None:
+        """Return the soft labels of a ``lesson`` as targets: by class, or by example."""
         if not lesson:
             return None
         probs = torch.from_numpy(lesson["probs"].copy()).to(client.device)

@@ -203,7 +203,6 @@ class FedGen(ModelAveraging):
         size = math.prod(feature_shape(model, task))
         with torch.device("meta"):
             made = feature_generator(self.noise, task.classes, size, self.generator_hidden)
-        made.to_empty(device="cpu")
         return filled(made, rng, weights)
 
     def learn(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from functools import lru_cache
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from fedkd.clients.chunk import CHUNK
 from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.local import Batch, Term
 from fedkd.clients.swing_targets import Softening, softening
-from fedkd.clients.terms import Supervised
+from fedkd.clients.terms import Supervised, alike
 from fedkd.clients.training import Training
 from fedkd.data.federated import Split
 from fedkd.distill.fusion_rules import Fusion, fusions, label_shares
@@ -265,11 +266,20 @@ class MatchScores(Term):
         gap = batch.logits - self.scores[batch.index]
         return (gap.square() if self.squared else gap.abs()).mean(1)
 
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        if not alike(MatchScores, terms, "squared"):
+            return None
+        scores = torch.cat([term.scores for term in terms])
+        return MatchScores(scores, terms[0].squared, terms[0].weight)
 
+
+@lru_cache(maxsize=2)
 def part(pool: Split, size: int, seed: int, round_: int) -> Split:
     """Return the part of the pool that belongs to a round: ``size`` examples of it (0: all).
 
-    It is drawn without replacement, afresh in each round, and is the same on every side.
+    It is drawn without replacement, afresh in each round, and is the same on every side: so it is
+    made once for all clients. Two are kept, that which is digested and that which is scored.
     """
     index = positions(len(pool), size, seed, round_)
     if index is None:
@@ -278,6 +288,7 @@ def part(pool: Split, size: int, seed: int, round_: int) -> Split:
     return Split(pool.x.index_select(0, chosen), pool.y.index_select(0, chosen))
 
 
+@lru_cache(maxsize=2)
 def positions(total: int, size: int, seed: int, round_: int) -> Tensor | None:
     """Return where in a pool of ``total`` the part of a round lies, ascending; None: all of it."""
     if not 0 < size < total:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedkd.engine.setup import prepare
+from fedkd.engine.setup import prepare, resolve
 from fedkd.engine.simulate import in_process
 from fedkd.errors import ConfigError, RunError
 from fedkd.strategies import alternating
@@ -200,3 +200,37 @@ def test_turns_cut_the_steps_exactly(tiny, play, monkeypatch):
     options = {"server_steps": 7, "student_steps": 3, "server_batch_size": 8}
     play(tiny(quick("fedftg", **options), {"rounds": 1}))
     assert sizes == [(24, 3), (24, 3), (8, 1)]
+
+
+@each
+def test_a_replay_of_one_turn_is_the_published_method(name, tiny, play, bits):
+    assert bits(play(tiny(quick(name, replay=1), FULL))) == bits(play(tiny(quick(name), FULL)))
+
+
+@each
+def test_a_replay_saves_turns_of_the_generator_and_questions_to_teachers(
+    name, tiny, play, bits, monkeypatch
+):
+    turns, asked = [], []
+    train, targets = alternating.train_generator, alternating.Ensemble.targets
+    monkeypatch.setattr(
+        alternating, "train_generator", lambda *a, **k: turns.append(1) or train(*a, **k)
+    )
+    monkeypatch.setattr(
+        alternating.Ensemble, "targets", lambda *a, **k: asked.append(1) or targets(*a, **k)
+    )
+    found = {}
+    for replay in (1, 2, 3):
+        turns.clear(), asked.clear()
+        run = play(tiny(quick(name, server_steps=9, replay=replay), {"rounds": 1}))
+        found[replay] = bits(run)["server"]
+        # 5 turns of 2, 2, 2, 2 and 1 steps.
+        assert len(turns) == len(asked) == {1: 5, 2: 3, 3: 2}[replay]
+    assert len(set(found.values())) == 3
+
+
+@each
+def test_no_replay_is_in_no_digest(name, tiny):
+    written = resolve(tiny(quick(name)))
+    assert "replay" not in written.strategy.options
+    assert written.digest() != resolve(tiny(quick(name, replay=2))).digest()

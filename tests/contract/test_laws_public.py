@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fedkd.clients.participation import Participation
 from fedkd.data.federated import Split
@@ -9,6 +10,7 @@ from fedkd.data.public import take_public
 from fedkd.engine.setup import prepare
 from fedkd.engine.simulate import in_process
 from fedkd.errors import ConfigError
+from fedkd.strategies.public_exchange import part
 
 FULL = {"rounds": 3, "data.public.size": 40}
 SHORT = {"rounds": 2, "data.public.size": 40, "evaluate.every": 2}
@@ -178,3 +180,12 @@ def test_one_participant_hears_itself(tiny, play):
     run = play(tiny({"name": "fedmd", "digest_loss": "mse"}, alone))
     for round_ in (2, 3):
         assert run.log.by_client("loss/digest", "train", round_)[0] < 1e-10
+
+
+def test_a_part_of_the_pool_is_made_once_for_all(tiny):
+    setting = prepare(tiny("fedmd", {"data.public.size": 40})).setting
+    first = part(setting.public, 16, 0, 1)
+    assert part(setting.public, 16, 0, 1) is first
+    assert not torch.equal(part(setting.public, 16, 0, 2).x, first.x)
+    other = prepare(tiny("fedmd", {"data.public.size": 40, "seed": 1})).setting.public
+    assert not torch.equal(part(other, 16, 0, 1).x, first.x)

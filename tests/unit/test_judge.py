@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from fedkd.clients import chunk
+from fedkd.clients.client import ByNetworks
 from fedkd.clients.heads import mixed, with_heads
-from fedkd.clients.judge import Verdict, judge
+from fedkd.clients.judge import Verdict, Verdicts, fingerprint, judge
 from fedkd.data.federated import Split
 from fedkd.models.base import BlockNet
+from fedkd.models.initial import initialise
 from fedkd.rng import Rng
 
 CLASSES = 4
@@ -84,3 +86,79 @@ def test_mixed_is_the_log_of_the_mean_probability():
     expected = (torch.softmax(z[0], 1) + torch.softmax(z[1], 1)) / 2
     assert torch.allclose(mixed(z).exp(), expected, atol=1e-6)
     assert torch.allclose(mixed(z).exp().sum(1), torch.ones(50))
+
+
+class Counted:
+    """A network's predictor that counts how often it is asked."""
+
+    def __init__(self, seed=0, bias=0.0):
+        self.net = BlockNet({"fc": torch.nn.Linear(CLASSES, 3)}, torch.nn.Linear(3, CLASSES))
+        initialise(self.net, Rng(seed))
+        self.asked = 0
+        self.bias = bias
+
+    def predictor(self, rule="personal"):
+        return ByNetworks(rule, (self.net,), self._answer)
+
+    def _answer(self, x):
+        self.asked += 1
+        return {"personal": self.net(x) + self.bias}
+
+
+def once(verdicts, place, predict, split, likely=False):
+    return verdicts.judge(place, predict, {"test": split}, CLASSES, likely=likely)["test"]
+
+
+def same(one, other):
+    return all(
+        np.array_equal(one[n].correct, other[n].correct) and one[n].loss_sum == other[n].loss_sum
+        for n in one | other
+    )
+
+
+def test_equal_weights_are_judged_once_on_a_split():
+    split, verdicts, first, copy = case(), Verdicts(), Counted(), Counted()
+    found = once(verdicts, "a", first.predictor(), split, likely=True)
+    assert same(found, judge(first.predictor(), split, CLASSES))
+    assert once(verdicts, "a", copy.predictor(), split) is found
+    assert copy.asked == 0
+    once(verdicts, "b", copy.predictor(), split)
+    assert copy.asked == 1
+
+
+@pytest.mark.parametrize("where", ["fc.weight", "fc.bias", "head.weight", "head.bias"])
+@pytest.mark.parametrize("first", [True, False])
+def test_any_other_number_is_judged_anew(where, first):
+    split, verdicts, one, other = case(), Verdicts(), Counted(), Counted()
+    once(verdicts, "a", one.predictor(), split, likely=True)
+    with torch.no_grad():
+        other.net.get_parameter(where).view(-1)[0 if first else -1] += 0.5
+    found = once(verdicts, "a", other.predictor(), split)
+    assert other.asked == 1
+    assert same(found, judge(other.predictor(), split, CLASSES))
+    assert not same(found, once(verdicts, "a", one.predictor(), split))
+
+
+def test_another_rule_or_layout_is_judged_anew():
+    split, verdicts, one, other = case(), Verdicts(), Counted(), Counted(bias=1.0)
+    once(verdicts, "a", one.predictor(), split, likely=True)
+    once(verdicts, "a", other.predictor("with bias"), split, likely=True)
+    assert other.asked == 1
+    assert fingerprint(one.predictor()) != fingerprint(one.predictor("x"))
+    plain = fingerprint(one.predictor())
+    one.net.fc.weight = torch.nn.Parameter(one.net.fc.weight.detach().t().contiguous().t())
+    assert fingerprint(one.predictor()) != plain
+
+
+def test_weights_that_come_without_notice_are_known_the_third_time():
+    split, verdicts, net = case(), Verdicts(), Counted()
+    for _ in range(4):
+        once(verdicts, "a", net.predictor(), split)
+    assert net.asked == 2
+
+
+def test_what_is_no_network_is_always_judged():
+    split, verdicts, asked = case(), Verdicts(), []
+    for _ in range(3):
+        once(verdicts, "a", lambda x: asked.append(1) or {"a": x}, split, likely=True)
+    assert len(asked) == 3

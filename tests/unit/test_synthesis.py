@@ -19,6 +19,7 @@ from fedkd.clients.synthesis import (
     MatchedStatistics,
     TeacherFidelity,
     codes_for,
+    joined,
     sample,
     train_generator,
 )
@@ -344,3 +345,20 @@ def test_a_frozen_network_is_trainable_again_afterwards():
     with frozen(net) as held:
         assert not held.training and not any(p.requires_grad for p in held.parameters())
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_the_best_batch_comes_with_what_the_teachers_said_of_it():
+    of = Ensemble([network(i) for i in range(K)], MeanLogits())
+    answers = Answers(of)
+    best = BestBatch([Fidelity(answers)], answers)
+    codes = codes_for(B, D, torch.ones(C), Rng(0), learned=True)
+    generator = filled(input_generator(D, TASK, 2), Rng(1))
+    training = GeneratorTraining(steps=4, batch_size=B, optimizer="adam", lr=1e-2)
+    train_generator(generator, codes, [best], training, Rng(2))
+    kept = best.samples
+    assert torch.allclose(kept.answers, of.answers(kept.x), atol=1e-6)
+    assert not kept.answers.requires_grad
+    bank = joined([kept, kept])
+    assert bank.answers.shape == (K, 2 * B, C) and len(bank.x) == len(bank.y) == 2 * B
+    unknown = dataclasses.replace(kept, answers=None)
+    assert joined([kept, unknown]).answers is None

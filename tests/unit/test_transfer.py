@@ -205,3 +205,22 @@ def test_frozen_gives_back_after_an_error():
     with pytest.raises(ZeroDivisionError), frozen(network):
         raise ZeroDivisionError
     assert all(p.requires_grad for p in network.parameters())
+
+
+def test_answers_that_are_known_are_not_asked_for_again():
+    of, x = ensemble(MeanProbabilities()), inputs()
+    known = of.answers(x)
+    assert torch.equal(known, of.logits(x).detach())
+    for teacher in of.teachers:
+        teacher.register_forward_hook(lambda *_: pytest.fail("a teacher was asked"))
+    found = of.targets(x, 2.0, answers=known)
+    assert torch.equal(found, of.fuse(known, 2.0))
+
+
+def test_targets_and_answers_can_stand_in_a_graph():
+    of, x = ensemble(), inputs()
+    w = torch.ones(C, requires_grad=True)
+    for constants in (of.targets(x, 1.0), of.answers(x)[0]):
+        assert not constants.is_inference() and not constants.requires_grad
+        (gradient,) = torch.autograd.grad((w * constants).sum(), w)
+        assert torch.allclose(gradient, constants.sum(0))

@@ -190,7 +190,9 @@ def _privacy(e: Experiment, varied: Varied) -> str:
 
 def _judged(e: Experiment, _: Varied) -> str:
     every = "every round" if e.evaluate.every == 1 else f"every {e.evaluate.every} rounds, the last"
-    return f"{every}; reported: mean of the last {e.evaluate.last_k} judged"
+    k, share = e.evaluate.last_k, e.evaluate.share
+    rarer = f", or more rarely before the last {k}, for {100 * share:.4g} % of the work"
+    return f"{every}{rarer if share < 1 else ''}; reported: mean of the last {k} judged"
 
 
 def _network(e: Experiment, varied: Varied) -> str:
