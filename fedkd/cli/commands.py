@@ -10,6 +10,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from fedkd.cli.bench import app as bench
+
 app = typer.Typer(
     name="fedkd",
     help="Federated, privacy-preserving knowledge distillation, simulated on one machine.",
@@ -27,6 +29,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[FILE.toml] [key.sub=value]...", show_default=False),
 ]
 HERE = Path()
+app.add_typer(bench)
 
 
 def _version(wanted: bool) -> None:

@@ -21,8 +21,7 @@ from fedkd.cli.privacy_check import findings
 from fedkd.cli.screen import grid, screen
 from fedkd.config import Component, Experiment
 from fedkd.data.registries import partitions, sources
-from fedkd.engine.executors import cores, make_executor
-from fedkd.engine.registries import executors
+from fedkd.engine.executors import choose, cores, make_executor
 from fedkd.engine.setup import load_workspace, make_strategy, pick_device, prepare
 from fedkd.engine.sinks.base import check as check_sinks
 from fedkd.errors import ConfigError, FedkdError
@@ -65,9 +64,9 @@ def machine(workspace: Path) -> Iterator[tuple[str, str]]:
     yield "cores", str(cores())
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield "torch threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS {threads}); 1 in a run"
-    default = type(make_executor())
-    names = [name for name in executors.names() if executors.get(name) is default]
-    yield "executor", f"auto means {names[0]}"
+    several = "process for small operations, thread for large ones"
+    rest = "serial" if choose().name == "serial" else several
+    yield "executor", f"auto means cohort for networks of linear layers, else {rest}"
     device = pick_device("auto")
     named = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     yield "device", f"auto means {device.type}{named}"
@@ -168,6 +167,11 @@ def _of(config: Experiment, seeds: Sequence[int]) -> tuple[list[str], list[Findi
 
     def plan() -> None:
         prepared = prepare(config)
+        workers = engine.workers or None
+        make_executor(engine.executor, workers, prepared)
+        if engine.executor == "auto":
+            choice = choose(prepared, workers)
+            plans.append(("executor", ((f"auto means {choice.name}", choice.why),)))
         plans.append(("privacy", tuple(findings(prepared))))
         plans.append(("canaries and audit", tuple(audit_findings(prepared, seeds))))
         plans.append(("weak points of the audit", tuple(audit_warnings(prepared))))
