@@ -1,9 +1,9 @@
 """Time of a DP-SGD step beside a plain one, as ratios from alternating runs.
 
-    python benchmarks/dp_sgd.py --passes 7 --steps 40 --out dp_sgd.json
+    python benchmarks/dp_sgd.py --passes 7 --steps 40 --batch 64 --out dp_sgd.json
 
 Images of Fashion-MNIST, the one training loop, one thread; each pass runs every mode
-once, in turn, on the same data. Modes that need per-example gradients get Poisson batches of the
+once, in turn, on the same data. Private modes get Poisson batches of the
 same expected size, so their batches differ in size while the plain ones do not.
 """
 
@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,9 +32,15 @@ from fedkd.types import Task
 TASK = Task(name="fashion-mnist", input_shape=(1, 28, 28), classes=10)
 MODES: dict[str, DpSgd | None] = {
     "plain": None,
-    "hooks": DpSgd(1.0),
+    "hooks": DpSgd(1.0, mode="hooks"),
     "functorch": DpSgd(1.0, mode="functorch"),
     "ghost": DpSgd(1.0, mode="ghost"),
+    "bookkeeping": DpSgd(1.0, mode="bookkeeping"),
+}
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mlp": ("mlp", {}),
+    "mlp-64": ("mlp", {"hidden": [64]}),
+    "cnn": ("cnn", {}),
 }
 
 
@@ -47,26 +54,28 @@ def data(n: int) -> Split:
 
 def seconds(model: str, dp: DpSgd | None, split: Split, training: Training) -> float:
     """Return the seconds a step of one fit of a fresh network."""
-    net = build(model, {}, TASK, Rng(0))
+    name, options = NETWORKS[model]
+    net = build(name, options, TASK, Rng(0))
     start = time.perf_counter()
     result = fit(net, split, [Supervised()], training, 0.01, Rng(0), dp)
     return (time.perf_counter() - start) / result.steps
 
 
-def compare(model: str, passes: int, steps: int, batch: int) -> dict[str, object]:
-    """Time all modes in turn, pass by pass; return medians and the ratios to plain training."""
+def compare(model: str, passes: int, steps: int, batch: int, modes: list[str]) -> dict[str, object]:
+    """Time the modes in turn, pass by pass; return medians and the ratios to plain training."""
     split, training = data(600), Training(steps=steps, batch_size=batch)
-    for dp in MODES.values():
+    chosen = {name: MODES[name] for name in MODES if name in ("plain", *modes)}
+    for dp in chosen.values():
         seconds(model, dp, split, Training(steps=2, batch_size=batch))
-    taken: dict[str, list[float]] = {name: [] for name in MODES}
+    taken: dict[str, list[float]] = {name: [] for name in chosen}
     for i in range(passes):
-        for name, dp in MODES.items():
+        for name, dp in chosen.items():
             taken[name].append(seconds(model, dp, split, training))
         print(
             model, f"pass {i + 1}/{passes}", {n: f"{1e3 * s[-1]:.2f} ms" for n, s in taken.items()}
         )
     ratios = {}
-    for name in list(MODES)[1:]:
+    for name in list(chosen)[1:]:
         each = [a / b for a, b in zip(taken[name], taken["plain"], strict=True)]
         ratios[f"{name} / plain"] = {
             "median": statistics.median(each),
@@ -85,18 +94,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, object] = {
         "passes": given.passes,
         "steps_a_pass": given.steps,
-        "expected_batch": given.batch,
         "torch": torch.__version__,
+        "threads": 1,
     }
-    for model in ("mlp", "cnn"):
-        result[model] = compare(model, given.passes, given.steps, given.batch)
+    for batch in given.batch:
+        for model in given.models:
+            found = compare(model, given.passes, given.steps, batch, given.modes)
+            result[f"{model}, expected batch {batch}"] = found
     text = json.dumps(result, indent=2)
     print(text)
     if given.out:

@@ -106,6 +106,6 @@ def serve(connection: Connection, workspace: str, threads: int) -> None:
 def shared(experiment: Experiment, threads: int) -> Experiment:
     """Return an experiment that uses its job's share of the cores, unless it says otherwise."""
     engine = experiment.engine
-    if engine.workers or engine.executor not in ("auto", "thread"):
+    if engine.workers or engine.executor not in ("auto", "thread", "process", "cohort"):
         return experiment
     return replace(experiment, engine=replace(engine, workers=threads))

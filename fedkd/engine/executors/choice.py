@@ -68,18 +68,18 @@ def choose(prepared: Prepared | None = None, workers: int | None = None) -> Choi
     Whether it is ``cohort``, whose last bits are its own, follows from the experiment alone, so
     that every machine gets the same result; the others agree to the last bit.
 
-    Seconds over those of one client after the other on one thread, FedAvg on Fashion-MNIST, 10 of
-    100 clients a round, two cores with nothing else to do:
+    Seconds over those of one client after the other on one thread; FedAvg on Fashion-MNIST, 10 of
+    100 clients a round, two free cores, loops written to compare ways of doing it:
 
-    ==================  ======  =======  ==============
-    network             thread  process  stacked, fused
-    ==================  ======  =======  ==============
-    MLP 784-64-10         0.93     0.52            0.20
-    small CNN             0.49     0.48    none (1.3+)
-    ==================  ======  =======  ==============
+    ==================  ======  =======  ================
+    network             thread  process  stacked
+    ==================  ======  =======  ================
+    MLP 784-64-10         0.93     0.52  0.20 (fused)
+    small CNN             0.49     0.48  1.33 (``vmap``)
+    ==================  ======  =======  ================
 
-    Seconds of all cores together, of our own executors on a busy machine: MLP, FedAvg 1.05, 1.16,
-    0.45 to 0.55; FedD2S 1.09, 1.08, 0.69.
+    CPU seconds of all cores together over those of ``serial``, these very executors on busy cores:
+    MLP under FedAvg thread 1.05, process 1.16, cohort 0.55; under FedD2S 1.09, 1.08, 0.69.
     """
     hindrance = "nothing is known of the clients' work" if prepared is None else alone(prepared)
     if not hindrance:
