@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from fedkd.clients.local import Batch, Term
 from fedkd.clients.stacked.modules import signature
-from fedkd.clients.terms import OnWeights, alike
+from fedkd.clients.terms import OnWeights, alike, widened
 from fedkd.data.federated import Split
 from fedkd.distill.objectives.base import Objective
 from fedkd.distill.targets import Targets, joined
@@ -77,7 +77,7 @@ class HeadOnClasses(Term):
         self.objective, self.temperature, self.weight = objective, temperature, weight
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self.objective(self.head(self.inputs), self.probs, self.temperature).mean()
+        return self.objective(widened(self.head(self.inputs)), self.probs, self.temperature).mean()
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:

@@ -17,7 +17,7 @@ from fedkd.clients.client import ByNetworks, Predictor
 from fedkd.clients.heads import infer
 from fedkd.clients.local import Batch, Term
 from fedkd.clients.stacked.modules import Joined, join
-from fedkd.clients.terms import Supervised, alike, row_mean
+from fedkd.clients.terms import Supervised, alike, row_mean, widened
 from fedkd.data.federated import Split
 from fedkd.distill.not_true import not_true_divergence
 from fedkd.distill.objectives.kl import KullbackLeibler
@@ -88,7 +88,9 @@ class Peer:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self._seen is None or self._seen[0] is not batch:
-            self._seen = (batch, *self.net.forward_with_features(batch.x, self.at))
+            logits, features = self.net.forward_with_features(batch.x, self.at)
+            wide = {at: widened(found) for at, found in features.items()}
+            self._seen = (batch, widened(logits), wide)
         return self._seen[1:]
 
     def join(self, others: Sequence[Peer]) -> Peer | None:

@@ -69,6 +69,11 @@ class OnWeights(Term):
         return {name: batch.weights[name] for name in self.parameters}
 
 
+def widened(values: Tensor) -> Tensor:
+    """Return what a module beside the network said, in float32 where autocast made it bfloat16."""
+    return values.float() if values.dtype == torch.bfloat16 else values
+
+
 class Supervised(Term):
     """Cross-entropy with the true label, ``-log softmax(z)_y``, optionally label-smoothed.
 
@@ -98,7 +103,11 @@ class Supervised(Term):
     def mean(self, batch: Batch) -> Tensor:
         if batch.y.dim() > 1:
             return super().mean(batch)
-        return functional.cross_entropy(batch.logits, batch.y, label_smoothing=self.label_smoothing)
+        summed = functional.cross_entropy(
+            batch.logits, batch.y, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        # Over all rows: torch's own mean leaves those out that have the label -100.
+        return summed / batch.y.shape[0]
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
@@ -164,7 +173,7 @@ class HeadSupervised(Term):
         self.head, self.block, self.weight = head, block, weight
 
     def __call__(self, batch: Batch) -> Tensor:
-        logits = self.head(batch.features[self.block])
+        logits = widened(self.head(batch.features[self.block]))
         return functional.cross_entropy(logits, batch.y, reduction="none")
 
     def at(self) -> frozenset[str]:
@@ -211,7 +220,9 @@ class Distil(Term):
 
     def __call__(self, batch: Batch) -> Tensor:
         probs, mask = self.targets(batch.y, batch.index)
-        logits = batch.logits if self.head is None else self.head(batch.features[self.block])
+        logits = batch.logits
+        if self.head is not None:
+            logits = widened(self.head(batch.features[self.block]))
         given = self.temperature
         temperature = given[batch.index] if isinstance(given, Tensor) else given
         rows = logits.shape[:-1]

@@ -77,7 +77,7 @@ class FlowerStrategy(FlowerBase):
         return self.prepared.attendance.cohort(round_)
 
     def judges(self, round_: int) -> tuple[bool, bool]:
-        """Return whether a round is judged, and whether on the global test set too."""
+        """Return whether everybody is judged, and whether on the global test set too."""
         everywhere = self.rhythm.everywhere(round_)
         return everywhere or round_ in self.rhythm, everywhere
 
@@ -88,7 +88,8 @@ class FlowerStrategy(FlowerBase):
         """
         nodes, encoded = self.nodes(grid), Encoded()
         setting, strategy = self.prepared.setting, self.prepared.strategy
-        said = {lost: turn(round_, *self.judges(round_), lost) for lost in (False, True)}
+        own, everywhere = self.rhythm.named(round_), self.rhythm.everywhere(round_)
+        said = {lost: turn(round_, own, everywhere, lost) for lost in (False, True)}
         lost = set(self.prepared.attendance.lost(round_))
 
         def message(k: int) -> Message:

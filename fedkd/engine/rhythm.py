@@ -22,7 +22,8 @@ class Rhythm:
     """The judged rounds of a run: of those that ``evaluate.every`` names, every ``coarse``-th.
 
     The last ``evaluate.last_k`` of them are always judged, so that what is reported of the end of
-    a run does not depend on how often it was judged before.
+    a run does not depend on how often it was judged before. Those who took part in a round are
+    judged as ``own`` in every named one: that is little, and ``stale`` is made of it.
     """
 
     evaluate: Evaluate
@@ -31,7 +32,7 @@ class Rhythm:
 
     def __contains__(self, round_: int) -> bool:
         """Return whether a round is judged."""
-        if not self._named(round_):
+        if not self.named(round_):
             return False
         place, last = self._place(round_), self._place(self.rounds)
         return place % self.coarse == 0 or place > last - self.evaluate.last_k
@@ -40,9 +41,10 @@ class Rhythm:
         """Return whether a round is judged on the global test set too, which it then is anyway."""
         every = self.evaluate.global_every
         asked = every > 0 and round_ % every == 0
-        return self._named(round_) and (round_ == self.rounds or asked)
+        return self.named(round_) and (round_ == self.rounds or asked)
 
-    def _named(self, round_: int) -> bool:
+    def named(self, round_: int) -> bool:
+        """Return whether ``evaluate.every`` names a round: who took part in it is judged then."""
         return round_ % self.evaluate.every == 0 or round_ == self.rounds
 
     def _place(self, round_: int) -> int:

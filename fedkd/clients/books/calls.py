@@ -98,14 +98,6 @@ class Calls:
             [] if len(called) == len(self.layers) else [x for x in self.layers if x not in called]
         )
         others = [p for layer in idle for p in own(layer)]
-        for one in noted:
-            if len(one.given) != len(losses):
-                raise lost(f"a layer {type(one.layer).__name__}")
-            if one.given._version != one.version:
-                raise ConfigError(
-                    f"DP-SGD: the input of a layer {type(one.layer).__name__} is changed in place "
-                    "after the call; use an operation that returns a new tensor"
-                )
         if not losses.requires_grad or not (noted or others):
             return {}
         edges: list[Any] = [one.edge for one in noted]

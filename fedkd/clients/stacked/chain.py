@@ -213,9 +213,10 @@ def obstacle(model: BlockNet, dimensions: int, at: Collection[str] = ()) -> str:
                 return f"{kind.__name__} of block {block!r} does not get vectors"
         elif kind is not nn.Identity:
             return f"{kind.__name__} of block {block!r} is neither a linear layer nor an activation"
-        if kind is nn.Linear and id(leaf) in seen:
-            return f"the layer of block {block!r} is used twice"
-        seen.add(id(leaf))
+        weights = {id(p) for p in leaf.parameters()}
+        if weights & seen:
+            return f"the weights of block {block!r} are used twice"
+        seen |= weights
         if block in at and dimensions != 2:
             return f"the features of block {block!r} are no vectors"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedkd.clients.dp_sgd import dp_problems
 from fedkd.clients.local import FitResult
 from fedkd.clients.stacked.applying import Direct, Explicit
 from fedkd.clients.stacked.chain import Chain, obstacle
@@ -24,7 +25,10 @@ def reason(request: Request) -> str:
     if not request.data.x.is_floating_point():
         return "the inputs are no numbers"
     at = frozenset[str]().union(*(term.at() for term in request.terms))
-    return obstacle(request.model, request.data.x.dim(), at)
+    found = obstacle(request.model, request.data.x.dim(), at)
+    if not found and request.dp is not None:
+        found = next(iter(dp_problems(request.model)), "")
+    return found
 
 
 def train(stack: Stack) -> list[FitResult | Exception]:

@@ -45,15 +45,18 @@ class Private:
         """Move the weights; return which rows counted (K, B)."""
         traces = self.chain.backward(signal.logits, signal.features)
         expected = self.expected[: step.active, None]
-        factors, kept = self._factors(step, traces)
+        factors, finite = self._factors(signal, traces)
+        # Padding counts nothing, but its numbers go through the product like all others.
+        whole = bool(finite.all())
+        kept = finite if step.real is None else finite & step.real
+        factors.masked_fill_(~kept, 0)
         if not self.noisy:
             factors /= expected
-        whole = bool(kept.all()) or (step.real is not None and torch.equal(kept, step.real))
         for trace in traces:
             if not whole:
                 # Nought times what is not finite is not nought.
-                trace.signal = torch.where(kept[:, None], trace.signal, 0)
-                trace.inputs = torch.where(kept[:, None], trace.inputs, 0)
+                trace.signal = torch.where(finite[:, None], trace.signal, 0)
+                trace.inputs = torch.where(finite[:, None], trace.inputs, 0)
             trace.signal.mul_(factors[:, None])
         found = self.explicit.gradients(traces, 1.0)
         # What no loss reaches has gradient zero, and gets its noise like all others.
@@ -69,23 +72,32 @@ class Private:
         self.explicit.move(gradients, signal)
         return kept
 
-    def _factors(self, step: Step, traces: list[Trace]) -> tuple[Tensor, Tensor]:
-        """Return what each example's gradient is multiplied by, and which count at all (K, B)."""
-        squares = torch.zeros_like(step.index, dtype=self.expected.dtype)
+    def _factors(self, signal: Signal, traces: list[Trace]) -> tuple[Tensor, Tensor]:
+        """Return what each row's gradient is multiplied by, and which are finite at all (K, B)."""
+        lengths = []
         for trace in traces:
             layer = trace.layer
             shares = [name in layer.trained for name in layer.names]
-            inputs = _squares(trace.inputs) if shares[0] else 0.0
-            squares += _squares(trace.signal) * (inputs + float(any(shares[1:])))
-        kept = squares.isfinite()
-        if step.real is not None:
-            kept &= step.real
-        factors = (self.norm / (squares.sqrt_() + 1e-6)).clamp_max_(1.0)
-        return factors.masked_fill_(~kept, 0), kept
+            back = _length(trace.signal)
+            if shares[0]:
+                lengths.append(_length(trace.inputs) * back)
+            if any(shares[1:]):
+                lengths.append(back)
+        norms = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
+        finite = norms.isfinite()
+        for values in signal.values:
+            if values.dim() == 2:
+                finite &= values.isfinite()
+        return (self.norm / (norms + 1e-6)).clamp_max_(1.0), finite
 
 
-def _squares(values: Tensor) -> Tensor:
-    """Return the squared norms (K, B) of columns (K, d, B)."""
+def _length(values: Tensor) -> Tensor:
+    """Return the norms (K, B) of columns (K, d, B), rounded up by what squares can lose.
+
+    Numbers below the root of the smallest float have squares of zero: the product with a huge norm
+    would go through unclipped.
+    """
+    least = (torch.finfo(values.dtype).tiny * values.shape[1]) ** 0.5
     if values.stride(1) == 1:
-        return torch.linalg.vector_norm(values, dim=1).square_()
-    return values.square().sum(1)
+        return torch.linalg.vector_norm(values, dim=1).add_(least)
+    return values.square().sum(1).sqrt_().add_(least)

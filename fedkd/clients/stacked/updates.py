@@ -38,7 +38,7 @@ class Update:
         """
         self.steps += 1
         if self.training.max_grad_norm:
-            clip([g for g in gradients if g is not None], self.training.max_grad_norm)
+            gradients = clipped(gradients, self.training.max_grad_norm)
         decay = self.training.weight_decay
         for full, g, state in zip(self.weights, gradients, self._state, strict=True):
             if g is not None:
@@ -58,12 +58,12 @@ class Update:
         w.addcdiv_(mean, (square.sqrt() / second**0.5).add_(EPS), value=-self.lr / first)
 
 
-def clip(gradients: Sequence[Tensor], bound: float) -> None:
-    """Scale each client's joint gradient to an L2 norm of at most ``bound``, in place.
+def clipped(gradients: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
+    """Return gradients with each client's joint one scaled to an L2 norm of at most ``bound``.
 
-    As ``torch.nn.utils.clip_grad_norm_``: ``g * min(1, bound / (||g|| + 1e-6))``.
+    As ``torch.nn.utils.clip_grad_norm_``: ``g * min(1, bound / (||g|| + 1e-6))``; not in place, as
+    two of them may be one tensor.
     """
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    factors = (bound / (norms + 1e-6)).clamp(max=1.0)
-    for g in gradients:
-        g.mul_(factors.view(-1, *[1] * (g.dim() - 1)))
+    norms = [g.flatten(1).norm(dim=1) for g in gradients if g is not None]
+    factors = (bound / (torch.stack(norms).norm(dim=0) + 1e-6)).clamp(max=1.0)
+    return [None if g is None else g * factors.view(-1, *[1] * (g.dim() - 1)) for g in gradients]
