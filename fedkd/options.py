@@ -109,7 +109,8 @@ def explain(error: pydantic.ValidationError, where: str = "", cls: type | None =
         text = problem["msg"].removeprefix("Value error, ")
         # A whole table beside the message would hide which of its keys is wrong.
         whole = not problem["loc"] or isinstance(shown, Mapping)
-        lines.append(f"{path}: {text}" if whole else f"{path} = {shown!r}: {text}")
+        told = path if whole else f"{path} = {shown!r}"
+        lines.append(f"{told}: {text}" if told else text)
     return "\n".join(lines)
 
 

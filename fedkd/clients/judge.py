@@ -131,14 +131,17 @@ class Verdicts:
 def fingerprint(predict: ByNetworks) -> bytes:
     """Return a hash of a predictor's rule and of its parameters and buffers, layout included.
 
-    In another memory format the same numbers can give other last bits.
+    In another memory format the same numbers can give other last bits. Buffers count whether or
+    not they are saved with a network; whatever else an answer depends on, a network's plain
+    attributes for instance, belongs in the rule.
     """
     made = hashlib.sha256(predict.rule.encode())
     for network in predict.networks:
-        for name, value in network.state_dict().items():
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            value = tensor.detach()
             made.update(f"{name} {value.dtype} {tuple(value.shape)} {value.stride()}".encode())
             # Through bytes, since NumPy does not know every type.
-            made.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+            made.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return made.digest()
 
 

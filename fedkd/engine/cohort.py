@@ -42,7 +42,7 @@ class Guest(Generic[Q, A]):
     index: int
     meeting: Meeting[Q, A]
     question: Q | None = None
-    answer: A | Exception | None = None
+    answer: A | Exception | SystemExit | None = None
     begun: bool = False
     baton: threading.Lock = field(default_factory=_taken)
 
@@ -59,7 +59,7 @@ class Guest(Generic[Q, A]):
         self.question, answer, self.answer = None, self.answer, None
         if self.meeting.dropped:
             raise DroppedError
-        if isinstance(answer, Exception):
+        if isinstance(answer, Exception | SystemExit):
             raise answer
         return answer  # type: ignore[return-value]
 
@@ -84,7 +84,9 @@ class Meeting(Generic[Q, A]):
         self._running = 0
         self._lock, self._nobody_can = threading.Lock(), _taken()
 
-    def hold(self, answer: Callable[[list[Q]], Sequence[A | Exception]]) -> list[Outcome[Any]]:
+    def hold(
+        self, answer: Callable[[list[Q]], Sequence[A | Exception | SystemExit]]
+    ) -> list[Outcome[Any]]:
         """Return what became of all; ``answer`` answers what is asked, in order of the guests.
 
         Raises:

@@ -282,7 +282,7 @@ def _of_whom(task: Task, how: str) -> str:
     """Say what a worker died of, and whose work it did."""
     first = task.messages[0]
     return (
-        f"a worker process {how} while client {task.home - FIRST_NODE_ID} answered "
+        f"a worker process {how} while {task.whose} answered "
         f"{kind(first)!r} of round {round_of(first)}; use engine.executor = 'thread', or fewer "
         "engine.workers where memory ran out"
     )

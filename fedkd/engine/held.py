@@ -112,19 +112,27 @@ def snapshot(array: np.ndarray) -> HeldArray:
 def shared(array: Array) -> Array:
     """Return an array of its own with the same bytes, which is cheaper to read than Flower's.
 
-    Bytes that NumPy did not write stay Flower's.
+    What is not told and written as ours would be stays Flower's, down to the last byte: legacy
+    apps leave type and shape empty, and other writers of the format pad otherwise.
     """
     if isinstance(array, HeldArray):
         return copy.copy(array)
     view = from_npy(array.data) if array.stype == NUMPY else None
-    return copy.copy(array) if view is None else HeldArray(view, array.data)
+    if view is None or (array.dtype, array.shape) != (_name(view.dtype), view.shape):
+        return copy.copy(array)
+    head = header(view.dtype, view.shape, is_fortran(view))
+    if len(array.data) != len(head) + view.nbytes or not array.data.startswith(head):
+        return copy.copy(array)
+    return HeldArray(view, array.data)
 
 
 def stored_bytes(array: Array) -> int:
     """Return ``len(array.data)``, without making these bytes where they do not exist."""
     if not isinstance(array, HeldArray) or array.held is None:
         return len(array.data)
-    held = array.held
+    held, known = array.held, array.__dict__["_bytes"]
+    if known is not None:
+        return len(known)
     return len(header(held.dtype, held.shape, is_fortran(held))) + held.nbytes
 
 
@@ -136,17 +144,20 @@ def to_npy(array: np.ndarray) -> bytes:
 
 
 def from_npy(data: bytes) -> np.ndarray | None:
-    """Return a read-only view of what ``numpy.save`` wrote; None for other versions of its format.
+    """Return a read-only view of what ``numpy.save`` wrote; None for what cannot be read so.
 
+    That is other versions of its format, and bytes that are damaged.
     The header of equal arrays is parsed once, which is most of the cost of ``numpy.load``.
     """
     if data[:8] != b"\x93NUMPY\x01\x00":
         return None
     start = 10 + int.from_bytes(data[8:10], "little")
-    shape, fortran, dtype = _parse(data[:start])
-    if dtype.hasobject:
+    try:
+        shape, fortran, dtype = _parse(data[:start])
+        return None if dtype.hasobject else _view(data, start, dtype, shape, fortran)
+    except Exception:
+        # Whoever reads it with numpy.load is told what is wrong with it.
         return None
-    return _view(data, start, dtype, shape, fortran)
 
 
 def is_fortran(array: np.ndarray) -> bool:

@@ -71,7 +71,9 @@ def simulate(
         executor: ``serial``, ``thread``, ``process``, ``auto`` or one of your own, which is left
             open. All give the same result unless client code draws from a global random
             generator: then a warning says so. That is why ``serial`` is the default here. Of what
-            a client's work changes in ``process``, only its reply and its context come back.
+            a client's work changes in ``process``, only its reply and its context come back; and
+            clients that use libraries with threads of their own need ``thread`` or ``serial``,
+            since such threads do not survive the fork.
         workers: number of threads or processes.
         ledger: counts bytes; a new one by default.
         seed: of the global generators of Python, NumPy and torch (Flower's own strategies sample

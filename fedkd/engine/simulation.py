@@ -115,7 +115,9 @@ class Run:
         trained_at = time.perf_counter()
         replies = self._exchange(self.strategy.evaluate_messages(round_, self.state, self.grid))
         judged = self.strategy.fold_evaluate(round_, replies)
-        seconds = {"train": trained_at - start, "evaluate": time.perf_counter() - trained_at}
+        seconds = {"train": trained_at - start}
+        if any(self.strategy.judges(round_)):
+            seconds["evaluate"] = time.perf_counter() - trained_at
         failures = [self._replayable(round_, f) for f in trained.failures + judged.failures]
         for failure in failures:
             self.folder.event(f"round {round_}: {failure}")

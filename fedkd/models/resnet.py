@@ -22,7 +22,9 @@ from fedkd.types import Task
 class Residual(nn.Module):
     """Two 3x3 convolutions beside a shortcut: ``relu(x' + norm(conv(relu(norm(conv(x))))))``.
 
-    The shortcut ``x'`` is ``x``, or its 1x1 projection where the shape changes.
+    The shortcut ``x'`` is ``x``, or its 1x1 projection where the shape changes. A stride picks the
+    pixels before the projection: oneDNN's gradient of a strided 1x1 convolution of fewer than 16
+    channels writes past its memory on channels-last maps.
     """
 
     def __init__(self, before: int, after: int, stride: int, groups: int) -> None:
@@ -31,15 +33,17 @@ class Residual(nn.Module):
         self.norm1 = nn.GroupNorm(groups, after)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(groups, after)
+        self.stride = stride
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or before != after:
-            projection = nn.Conv2d(before, after, 1, stride=stride, bias=False)
+            projection = nn.Conv2d(before, after, 1, bias=False)
             self.shortcut = nn.Sequential(projection, nn.GroupNorm(groups, after))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the new number of channels, ``1/stride`` as high and wide."""
         hidden = functional.relu(self.norm1(self.conv1(x)))
-        return functional.relu(self.shortcut(x) + self.norm2(self.conv2(hidden)))
+        picked = x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
+        return functional.relu(self.shortcut(picked) + self.norm2(self.conv2(hidden)))
 
 
 @models.register("resnet8")

@@ -46,7 +46,7 @@ def test_processes_are_forked_only_where_there_is_no_cuda(tiny, monkeypatch):
     few = prepare(tiny("fedavg", {"clients.participation.ratio": 0.5}))
     there = dataclasses.replace(few, device=torch.device("cuda"))
     assert name(there, 2, monkeypatch) == "thread"
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert name(few, 2, monkeypatch) == "thread"
 
 
@@ -95,3 +95,19 @@ def test_every_choice_says_why(tiny):
 def test_wrong_numbers_of_workers_are_refused(tiny):
     with pytest.raises(ConfigError, match="workers = -1"):
         make_executor("auto", -1, prepare(tiny("fedavg")))
+
+
+def test_choosing_leaves_no_threads_that_a_fork_would_lose(tiny, monkeypatch):
+    few, used = prepare(tiny("fedavg", {"clients.participation.ratio": 0.5})), []
+    known = choice.per_operation
+    monkeypatch.setattr(
+        choice, "per_operation", lambda *a: used.append(torch.get_num_threads()) or known(*a)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        choose(few, 2)
+        assert used == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

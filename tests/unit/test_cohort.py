@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -219,3 +220,37 @@ def test_a_defect_of_the_stack_is_an_error_of_each_of_its_clients(
     )
     assert outcomes[0].error is not outcomes[1].error
     executor.close()
+
+
+@pytest.mark.parametrize("kind", [lambda r: vars(1), lambda r: [], lambda r: sys.exit(3)])
+def test_a_fit_that_cannot_tell_its_kind_is_done_alone(
+    kind: Callable[[object], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedkd.clients.stacked.request.key", kind)
+    executor = Cohort(workers=2)
+    fitter = executor.fitter
+    outcomes = executor.map(
+        lambda item: fitter(None, [], [], None, 0.1, None),  # type: ignore[arg-type]
+        range(3),
+        [1, 1, 1],
+    )
+    executor.close()
+    assert [o.get() for o in outcomes] == [FitResult(0, 0)] * 3
+
+
+@pytest.mark.parametrize(("kind", "found"), [("same", RunError), (None, SystemExit)])
+def test_a_fit_that_leaves_the_program_is_an_error_of_its_clients(
+    kind: str | None, found: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedkd.clients.stacked.request.key", lambda request: kind)
+    monkeypatch.setattr("fedkd.clients.stacked.request.stacked", lambda requests: sys.exit(3))
+    monkeypatch.setattr("fedkd.engine.executors.cohort.fit", lambda *args: sys.exit(3))
+    executor = Cohort(workers=2)
+    fitter = executor.fitter
+    outcomes = executor.map(
+        lambda item: fitter(None, [item], [], None, 0.1, None),  # type: ignore[arg-type,list-item]
+        range(3),
+        [1, 1, 1],
+    )
+    executor.close()
+    assert [type(o.error) for o in outcomes] == [found] * 3

@@ -211,8 +211,9 @@ def test_cores_are_those_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "workers", "says"),
     [
         ("thread", 0, "executor thread.workers = 0"),
-        ("serial", 2, "unknown key 'executor serial.workers'"),
+        ("serial", 2, "engine.workers = 2: engine.executor = 'serial' has one worker; set"),
         ("threads", None, "did you mean 'thread'"),
+        ("aut", None, r"did you mean 'auto'\? \(allowed: auto, cohort, process"),
         ("auto", -1, "workers = -1"),
     ],
 )

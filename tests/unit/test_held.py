@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 from fedkd.engine import held
 from fedkd.engine.codec import Encoded, decode, encode
 from fedkd.engine.flower_private import wire_bytes
+from fedkd.engine.grid import copied
 from fedkd.engine.held import HeldArray, shared, stored_bytes
 from fedkd.engine.ledger import Ledger
 
@@ -189,3 +190,37 @@ def test_what_is_encoded_for_one_client_alone_is_not_kept():
     assert [ref for ref in made if ref() is not None] == []
     assert len(encoded._made) == 1
     assert encoded.get(everybodys) is encode({"x": everybodys}, encoded)["x"]
+
+
+def npy(descr, shape, values, pad=0):
+    """Return the bytes of another writer of the format, who fills its header up differently."""
+    fields = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    head = fields.encode() + b" " * pad + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + values
+
+
+FOREIGN = {
+    "legacy Parameters": Array("", (), "numpy.ndarray", Array(np.zeros((3, 4))).data),
+    "another shape": Array("float64", (12,), "numpy.ndarray", Array(np.zeros((3, 4))).data),
+    "another header": Array("float32", (2,), "numpy.ndarray", npy("<f4", (2,), bytes(8), 3)),
+    "bytes behind": Array("float32", (2,), "numpy.ndarray", Array(np.zeros(2, "f4")).data + b"x"),
+    "truncated": Array("float32", (2,), "numpy.ndarray", Array(np.zeros(2, "f4")).data[:-3]),
+    "only a header": Array("float32", (2,), "numpy.ndarray", b"\x93NUMPY\x01\x00"),
+    "no header": Array("float32", (2,), "numpy.ndarray", b"\x93NUMPY\x01\x00\x05\x00(((("),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_others_wrote_crosses_the_grid_unchanged(name):
+    array = FOREIGN[name]
+    content = RecordDict({"a": ArrayRecord({"x": array})})
+    crossed = copied(content)
+    got = crossed["a"]["x"]
+    assert type(got) is Array and got is not array
+    assert (got.dtype, got.shape, got.data) == (array.dtype, array.shape, array.data)
+    assert wire_bytes(crossed) == recorddict_to_proto(content).ByteSize()
+
+
+def test_known_bytes_are_counted_as_they_are():
+    data = npy("<f4", (2,), bytes(8), 3)
+    assert stored_bytes(HeldArray(held.from_npy(data), data)) == len(data)

@@ -162,3 +162,21 @@ def test_what_is_no_network_is_always_judged():
     for _ in range(3):
         once(verdicts, "a", lambda x: asked.append(1) or {"a": x}, split, likely=True)
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_count_whether_or_not_they_are_saved(persistent):
+    net = Counted()
+    net.net.register_buffer("shift", torch.zeros(3), persistent=persistent)
+    before = fingerprint(net.predictor())
+    assert fingerprint(net.predictor()) == before
+    net.net.shift += 5
+    assert fingerprint(net.predictor()) != before
+
+
+def test_seconds_of_judging_are_told_of_judged_rounds_alone(tiny, play):
+    run = play(tiny("fedavg", {"rounds": 12, "evaluate.share": 0.01}))
+    judged = [r for r in range(1, 13) if any(run.strategy.judges(r))]
+    assert 0 < len(judged) < 12
+    assert sorted(run.log.series("seconds", "evaluate")) == judged
+    assert sorted(run.log.series("seconds", "train")) == list(range(1, 13))

@@ -9,6 +9,7 @@ from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet, block_of, build, pool, row_major
 from fedkd.models.initial import initialise
 from fedkd.models.registries import models
+from fedkd.models.resnet import Residual
 from fedkd.models.vit import Attention
 from fedkd.options import options
 from fedkd.rng import Rng
@@ -40,6 +41,22 @@ def tiny() -> BlockNet:
 )
 def test_sizes_of_known_networks(name, task, parameters):
     assert size(build(name, {}, task, Rng(0))) == parameters
+
+
+@pytest.mark.parametrize("name", ["cnn", "lenet", "resnet8", "vit-tiny"])
+def test_no_network_has_a_strided_projection(name):
+    for layer in build(name, {}, CIFAR, Rng(0)).modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+            assert layer.stride == (1, 1)
+
+
+def test_a_shortcut_picks_the_pixels_that_a_stride_would():
+    residual = Residual(4, 8, 2, groups=2)
+    x = torch.randn(3, 4, 7, 6)
+    projection, norm = residual.shortcut
+    strided = norm(nn.functional.conv2d(x, projection.weight, stride=2))
+    hidden = residual.norm2(residual.conv2(residual.norm1(residual.conv1(x)).relu()))
+    assert torch.allclose(residual(x), (strided + hidden).relu(), atol=1e-6)
 
 
 def test_options_shape_the_network():

@@ -18,6 +18,7 @@ from fedkd.options import (
     Ratio,
     build,
     describe,
+    explain,
     options,
 )
 
@@ -121,3 +122,15 @@ def test_every_registered_component_can_be_described():
         for doc in describe(strategies.get(name)):
             assert doc.description, f"{name}.{doc.name} has no description"
             assert doc.default != "required"
+
+
+def test_what_is_wrong_with_no_place_has_no_colon_before_it():
+    class Whole(pydantic.BaseModel):
+        @pydantic.model_validator(mode="after")
+        def refuse(self):
+            raise ValueError("a and b: not together")
+
+    for where, told in (("", "a and b: not together"), ("x", "x: a and b: not together")):
+        with pytest.raises(pydantic.ValidationError) as caught:
+            Whole()
+        assert explain(caught.value, where) == told

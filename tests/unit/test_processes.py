@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 import os
+import re
 import signal
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array
+from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
 
+from fedkd.engine.contexts import FIRST_NODE_ID, Task
 from fedkd.engine.executors import Homed, Processes
 from fedkd.engine.executors.channel import Channel, address, pack
 from fedkd.engine.executors.process import DeadWorkerError
 from fedkd.engine.executors.shares import Shares
+from fedkd.engine.grid import LocalGrid
+from fedkd.engine.simulate import in_process
 
 ONES = [1.0] * 6
 
@@ -275,3 +282,127 @@ def test_shares_come_in_few_batches_and_who_is_done_helps(cost: float) -> None:
         left += batch
     assert sorted(left) == sorted(set(range(1, 100, 2)) - helped)
     assert shares.take(0) == []
+
+
+def test_a_client_has_one_torch_thread_whatever_it_asks_for() -> None:
+    def in_parallel(item: int) -> tuple[int, float]:
+        torch.set_num_threads(2)
+        return torch.get_num_threads(), float(torch.ones(200_000).sin().sum())
+
+    def forks() -> None:
+        # As torch is in a program that used several threads before: its pool is not forked.
+        torch.set_num_threads(2)
+        torch.ones(200_000).sin().sum()
+        crew = Processes(workers=2)
+        found = [o.get() for o in crew.map(in_parallel, range(2), ONES[:2])]
+        crew.close()
+        assert [threads for threads, _ in found] == [1, 1]
+        assert torch.get_num_threads() == 2
+
+    assert in_child(forks) == 0
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run something in a fork of its own; return its exit code, a signal's where it hangs."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_openmp_is_held_at_one_thread(crew: Processes) -> None:
+    def threads(item: int) -> list[object]:
+        maps = Path("/proc/self/maps").read_text()
+        loaded = set(re.findall(r"/\S*/libg?omp\S*", maps))
+        told = [ctypes.CDLL(path).omp_get_max_threads() for path in loaded]
+        return [os.environ["OMP_NUM_THREADS"], *told]
+
+    assert set(crew.map(threads, [0], [1])[0].get()) <= {"1", 1}
+
+
+def test_a_long_silence_names_those_who_are_at_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fedkd.engine.executors.process.PATIENCE", 0.05)
+    monkeypatch.setattr("fedkd.engine.executors.process.SILENCE", 0.1)
+    crew, tasks = Processes(workers=2), [Task(FIRST_NODE_ID + 7, (), RecordDict()), "plain"]
+    crew.map(lambda item: time.sleep(0.4), tasks, [1, 1])
+    crew.close()
+    assert caplog.messages
+    assert "client 7, piece 1. If they hang" in caplog.messages[0]
+    assert "engine.executor = 'thread' or 'serial'" in caplog.messages[0]
+    assert len(caplog.messages) <= 3, "twice as long each time"
+
+
+def test_a_signal_right_after_the_fork_finds_no_code_of_the_parent(
+    crew: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, seen = os.fork, tmp_path / "seen"
+
+    def interrupted() -> int:
+        pid = fork()
+        if pid == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return pid
+
+    def handler(*_: object) -> None:
+        seen.touch()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        monkeypatch.setattr(os, "fork", interrupted)
+        assert len(pids(crew)) == 2
+        assert not seen.exists()
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert seen.exists(), "the parent hears again"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_fork_of_the_program_leaves_its_parents_workers_alone(crew: Processes) -> None:
+    workers = pids(crew)
+
+    def forked() -> None:
+        assert pids(crew).isdisjoint(workers), "it gets its own"
+        crew.close()
+
+    assert in_child(forked) == 0
+    assert in_child(crew.close) == 0
+    assert pids(crew) == workers
+
+
+def test_where_torch_is_built_for_gpus_all_workers_are_forked_at_once(
+    crew: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    forked, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: forked.append(1) or fork())
+    crew.map(pid, [0], [1.0])
+    assert len(forked) == 2
+    pids(crew)
+    assert len(forked) == 2
+
+
+@pytest.mark.parametrize("values", [(0, False), (1, 1.0), (0.0, -0.0), ([0], [False])])
+def test_values_that_are_equal_but_not_the_same_come_back(values: tuple[object, object]) -> None:
+    def answer(message: Message, context: Context) -> Message:
+        state = context.state
+        state["n"] = ConfigRecord({"v": values[1] if "n" in state else values[0]})
+        return Message(RecordDict({"n": state["n"]}), reply_to=message)
+
+    crew = Processes(workers=1)
+    grid = LocalGrid(answer, 1, executor=crew)
+    with in_process():
+        for value in (*values, values[1]):
+            grid.send_and_receive([Message(RecordDict(), FIRST_NODE_ID, "train")])
+            kept = grid.contexts.state(FIRST_NODE_ID)["n"]["v"]
+            assert repr(kept) == repr(value)
+    crew.close()

@@ -83,6 +83,11 @@ class Homed:
 
     home: int
 
+    @property
+    def whose(self) -> str:
+        """Whom it is done for, as messages name them."""
+        return f"the work of {self.home}"
+
 
 class Executor(ABC):
     """Runs ``function`` on each of ``items`` in whatever way it likes.

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd.engine.executors.base import Executor, cores
+from fedkd.engine.executors.base import Executor, cores, one_torch_thread
 from fedkd.engine.registries import executors
-from fedkd.errors import ConfigError
+from fedkd.errors import ConfigError, unknown
 from fedkd.models.base import BlockNet
 from fedkd.models.lstm import Lstm
 from fedkd.options import build
@@ -50,9 +50,15 @@ def make_executor(
         ConfigError: there is none of that name, it does not take that number of workers, or it
             cannot do what is prepared.
     """
+    if name != "auto" and name not in executors.names():
+        raise unknown("executor", name, ["auto", *executors.names()])
     chosen = choose(prepared, workers).name if name == "auto" else name
-    one = chosen == "serial" and name == "auto"
-    given = {} if workers is None or one else {"workers": workers}
+    if name == "serial" and workers not in (None, 1):
+        raise ConfigError(
+            f"engine.workers = {workers!r}: engine.executor = 'serial' has one worker; set "
+            "engine.executor = 'thread', 'process', 'cohort' or 'auto', or leave engine.workers out"
+        )
+    given = {} if workers is None or chosen == "serial" else {"workers": workers}
     made = build(executors.get(chosen), given, f"executor {chosen}")
     if not made.shares_memory and prepared is not None and prepared.device.type != "cpu":
         raise ConfigError(
@@ -91,7 +97,8 @@ def choose(prepared: Prepared | None = None, workers: int | None = None) -> Choi
         return Choice("thread", hindrance)
     if not small(prepared):
         return Choice("thread", "its operations are large, and let other threads run meanwhile")
-    if sys.platform != "linux" or prepared.device.type != "cpu" or torch.cuda.is_initialized():
+    # With a GPU at hand, autograd keeps threads for it, used or not, which do not survive a fork.
+    if sys.platform != "linux" or prepared.device.type != "cpu" or torch.cuda.device_count():
         return Choice("thread", f"processes cannot be forked here; {hindrance}")
     return Choice("process", f"its operations are small, which threads do in turn; {hindrance}")
 
@@ -120,8 +127,10 @@ def unlike_layers(prepared: Prepared) -> str:
     from fedkd.clients.stacked.chain import obstacle
 
     book = prepared.setting.book
+    dims = len(prepared.setting.task.input_shape) + 1
     for label in book.labels:
-        found = obstacle(book.make(label), len(prepared.setting.task.input_shape) + 1)
+        with one_torch_thread():
+            found = obstacle(book.make(label), dims)
         if found:
             return f"{label}: {found}"
     return ""
@@ -132,7 +141,9 @@ def small(prepared: Prepared) -> bool:
     book, shape = prepared.setting.book, prepared.setting.task.input_shape
     kind = torch.int64 if prepared.setting.task.sequence else torch.float32
     batch = torch.zeros(prepared.experiment.clients.training.batch_size, *shape, dtype=kind)
-    return any(per_operation(book.make(label), batch) < LARGE for label in book.labels)
+    # A worker forked later would wait for ever for threads that these operations had started.
+    with one_torch_thread():
+        return any(per_operation(book.make(label), batch) < LARGE for label in book.labels)
 
 
 def per_operation(model: BlockNet, batch: Tensor) -> float:

@@ -16,7 +16,7 @@ from fedkd.clients.local import FitResult, Fitter, Term, fit
 from fedkd.clients.training import Training
 from fedkd.data.federated import Split
 from fedkd.engine.cohort import Meeting, Seats
-from fedkd.engine.executors.base import Executor, Outcome, R, T, cores, longest_first
+from fedkd.engine.executors.base import Executor, Outcome, R, T, attempt, cores, longest_first
 from fedkd.engine.executors.thread import Threads
 from fedkd.engine.registries import executors
 from fedkd.errors import RunError
@@ -33,7 +33,7 @@ CHUNK = 128
 LARGEST, FEWEST, SMALLEST = 32, 4, 4
 """Fits in one stack at most; stacks of a cohort at least, if each then has so many fits."""
 
-Fitted = FitResult | Exception
+Fitted = FitResult | Exception | SystemExit
 
 
 @executors.register("cohort")
@@ -98,9 +98,7 @@ class Cohort(Executor):
 
     def _train(self, requests: list[Request]) -> list[Fitted]:
         """Do the fits that a cohort waits for, group by group, as many at a time as workers."""
-        from fedkd.clients.stacked.request import key
-
-        groups = grouped([key(r) for r in requests], [float(len(r.data)) for r in requests])
+        groups = grouped([kind(r) for r in requests], [float(len(r.data)) for r in requests])
         work = [[requests[index] for index in group] for group in groups]
         costs = [float(sum(len(r.data) for r in group)) for group in work]
         answers: dict[int, Fitted] = {}
@@ -117,24 +115,32 @@ class Cohort(Executor):
         return Threads(workers=self.workers)
 
 
+def kind(request: Request) -> Hashable | None:
+    """Return the key of a fit, None where a term of the user's own cannot tell one."""
+    from fedkd.clients.stacked.request import key
+
+    found = attempt(key, request)
+    return found.value if attempt(hash, found.value).error is None else None
+
+
 def together(requests: list[Request]) -> list[Fitted]:
     """Do the fits of one group; what goes wrong is the answer of those whom it hits."""
     from fedkd.clients.stacked.request import stacked
 
     if len(requests) > 1:
         try:
-            return stacked(requests)
-        except Exception as error:
+            return [*stacked(requests)]
+        except (Exception, SystemExit) as error:
             what = f"the fits of {len(requests)} clients at once failed: {error!r}"
             return [_caused(RunError(what), error) for _ in requests]
     r = requests[0]
     try:
         return [fit(r.model, r.data, r.terms, r.training, r.lr, r.rng, r.dp)]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return [error]
 
 
-def _caused(error: RunError, cause: Exception) -> RunError:
+def _caused(error: RunError, cause: BaseException) -> RunError:
     error.__cause__ = cause
     return error
 

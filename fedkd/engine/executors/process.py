@@ -6,6 +6,7 @@ travel over sockets. Where the system cannot fork there is no such executor.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -25,13 +26,16 @@ from pydantic import Field
 from fedkd.engine.executors.base import Executor, Homed, Outcome, R, T, cores
 from fedkd.engine.executors.channel import Channel, Packed, address, pack
 from fedkd.engine.executors.shares import Shares
-from fedkd.engine.executors.worker import live, log_again
+from fedkd.engine.executors.worker import SIGNALS, live, log_again
 from fedkd.engine.registries import executors
 from fedkd.errors import ConfigError, RunError
 from fedkd.options import options
 
 PATIENCE = 5.0
 """Seconds that a worker gets to end by itself; and between two looks whether all are alive."""
+SILENCE = 60.0
+"""Seconds without any answer after which the log says who is at work; twice as long the next."""
+log = logging.getLogger(__name__)
 
 
 class DeadWorkerError(RunError):
@@ -51,7 +55,9 @@ class Processes(Executor):
     """Forked worker processes with one torch thread each, kept from exchange to exchange.
 
     They have the parent's memory as it was when they were forked; what a client's work changes
-    there, apart from what it returns, stays in its worker. Not for CUDA, nor for Windows.
+    there, apart from what it returns, stays in its worker. Not for CUDA, nor for Windows, nor for
+    clients that use libraries with threads of their own, which a fork leaves behind: these need
+    ``thread`` or ``serial``. Torch and OpenMP are kept at one thread.
     """
 
     shares_memory: ClassVar[bool] = False
@@ -70,7 +76,8 @@ class Processes(Executor):
         """
         if not items:
             return []
-        if self.__dict__.get("_crew") is not None and self._crew.function != function:
+        crew: _Crew | None = self.__dict__.get("_crew")
+        if crew is not None and (crew.function != function or crew.owner != os.getpid()):
             self.close()
         try:
             return self._crew.do(function, items, costs, self.workers or cores())
@@ -87,7 +94,7 @@ class Processes(Executor):
         crew: _Crew | None = self.__dict__.pop("_crew", None)
         if crew is not None:
             crew.ended.detach()
-            _end(crew.workers, os.getpid(), kill)
+            _end(crew.workers, crew.owner, kill)
 
     @cached_property
     def _crew(self) -> _Crew:
@@ -113,7 +120,8 @@ class _Crew:
         self.function: Callable[[Any], Any] | None = None
         self.workers: list[_Worker] = []
         self.homes: dict[int, int] = {}
-        self.ended = weakref.finalize(self, _end, self.workers, os.getpid(), False)
+        self.owner, self.silence = os.getpid(), SILENCE
+        self.ended = weakref.finalize(self, _end, self.workers, self.owner, False)
 
     def do(
         self,
@@ -124,8 +132,10 @@ class _Crew:
     ) -> list[Outcome[Any]]:
         """Have ``items`` done by as many workers as there is work for."""
         self.function = function
-        while len(self.workers) < min(workers, len(items)):
-            self.workers.append(_fork(function, self.workers))
+        # Where torch is built for GPUs, what runs here meanwhile may spoil a later fork.
+        whole = torch.backends.cuda.is_built()
+        while len(self.workers) < (workers if whole else min(workers, len(items))):
+            _fork(function, self.workers)
         crew = self.workers[: min(workers, len(items))]
         homes = [self.homes.get(i.home) if isinstance(i, Homed) else None for i in items]
         shares, post = Shares(costs, len(crew), homes), _Post(items)
@@ -133,8 +143,14 @@ class _Crew:
         for number, worker in enumerate(crew):
             worker.slots, worker.fresh = set(), True
             self._give(number, shares, post)
+        heard = time.monotonic()
         while len(done) < len(items):
-            for number in _speaking(crew):
+            speaking = _speaking(crew)
+            if speaking:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > self.silence:
+                self._complain(crew, items)
+            for number in speaking:
                 index, outcome = _hear(crew[number])
                 done[index] = outcome
                 if isinstance(item := items[index], Homed):
@@ -142,6 +158,19 @@ class _Crew:
                 if not crew[number].doing:
                     self._give(number, shares, post)
         return [done[index] for index in range(len(items))]
+
+    def _complain(self, crew: Sequence[_Worker], items: Sequence[Any]) -> None:
+        """Say whose work takes long, and what to do where it hangs."""
+        at = [worker.doing[0] for worker in crew if worker.doing]
+        names = [i.whose if isinstance(i := items[n], Homed) else f"piece {n}" for n in at]
+        log.warning(
+            "no answer for %g s from the worker processes, which are at %s. If they hang, a "
+            "library may wait for threads that a fork leaves behind: use engine.executor = "
+            "'thread' or 'serial'",
+            self.silence,
+            ", ".join(names),
+        )
+        self.silence *= 2
 
     def _give(self, number: int, shares: Shares, post: _Post) -> None:
         """Send a worker its next batch, where there is one."""
@@ -198,8 +227,8 @@ def _hear(worker: _Worker) -> tuple[int, Outcome[Any]]:
     return index, Packed(body).unpack(buffers)
 
 
-def _fork(function: Callable[[Any], Any], others: Sequence[_Worker]) -> _Worker:
-    """Fork a worker.
+def _fork(function: Callable[[Any], Any], workers: list[_Worker]) -> None:
+    """Fork one more of ``workers``.
 
     Raises:
         ConfigError: this system cannot fork, or CUDA is in use.
@@ -212,17 +241,21 @@ def _fork(function: Callable[[Any], Any], others: Sequence[_Worker]) -> _Worker:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    with warnings.catch_warnings():
-        # Other threads are torch's own, which a worker with one torch thread never needs.
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        ours.close()
-        for other in others:
-            other.channel.close()
-        live(function, theirs, parent)
-    theirs.close()
-    return _Worker(pid, ours)
+    # A signal right after the fork must find the worker's handlers, not the parent's.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        with warnings.catch_warnings():
+            # Other threads are torch's own, which a worker with one torch thread never needs.
+            warnings.filterwarnings(
+                "ignore", "This process .* is multi-threaded", DeprecationWarning
+            )
+            pid = os.fork()
+        if pid == 0:
+            live(function, theirs, parent, [ours, *(other.channel for other in workers)])
+        theirs.close()
+        workers.append(_Worker(pid, ours))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _speaking(crew: Sequence[_Worker]) -> list[int]:

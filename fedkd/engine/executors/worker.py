@@ -5,16 +5,19 @@ It was forked with the data and the code in its memory; what it changes there no
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from logging.handlers import QueueHandler
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,13 +27,22 @@ from fedkd.engine.executors.channel import Channel, Packed, pack
 
 ALONE = 0.5
 """Seconds after which a busy worker notices that its parent is gone."""
+SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
+"""What must not run the parent's handlers in a worker; blocked around the fork."""
 
 
-def live(function: Callable[[Any], Any], channel: Channel, parent: int) -> NoReturn:
-    """Serve until the other end closes, and leave the process: the parent's code is not for it."""
+def live(
+    function: Callable[[Any], Any], channel: Channel, parent: int, others: Sequence[Channel]
+) -> NoReturn:
+    """Serve until the other end closes, and leave the process: the parent's code is not for it.
+
+    Signals are blocked until here; ``others`` are the parent's ends of all channels.
+    """
     code = 1
     try:
         _settle(parent)
+        for other in others:
+            other.close()
         serve(function, channel)
         code = 0
     except (EOFError, OSError):
@@ -83,10 +95,31 @@ def _settle(parent: int) -> None:
     # Ctrl-C reaches the whole group: the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     # Collecting what was there before would touch, and so copy, every page of it.
     gc.freeze()
-    torch.set_num_threads(1)
+    _hold_threads()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _hold_threads() -> None:
+    """Keep torch and OpenMP at one thread: those of the parent's pool are not here.
+
+    GNU's OpenMP would wait for them for ever where client code asks for more than one.
+    """
+    torch.set_num_threads(1)
+    torch.set_num_threads = _one_thread
+    # Libraries that are still to be loaded read it, those that are here have to be told.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with suppress(OSError):
+        maps = Path("/proc/self/maps").read_text()
+        for path in sorted(set(re.findall(r"/\S*/lib(?:g|i)?omp[^/\s]*\.so\S*", maps))):
+            with suppress(OSError, AttributeError):
+                ctypes.CDLL(path).omp_set_num_threads(1)
+
+
+def _one_thread(nthreads: int) -> None:
+    """Stand in for ``torch.set_num_threads`` where a client has one thread, whatever it asks."""
 
 
 def _end_with(parent: int) -> None:
