@@ -10,6 +10,7 @@ from fedkd.engine.executors import Cohort, Processes, Serial, Threads, choice, c
 from fedkd.engine.executors.choice import per_operation
 from fedkd.engine.setup import prepare
 from fedkd.errors import ConfigError
+from fedkd.models.book import ModelBook
 
 
 def name(made, cores, monkeypatch, workers=None):
@@ -58,6 +59,14 @@ def test_large_operations_and_unknown_work_get_threads(tiny, monkeypatch):
     wide["clients.training.batch_size"] = 128
     assert name(prepare(tiny("fedavg", {**wide})), 2, monkeypatch) == "thread"
     assert name(prepare(tiny("centralized")), 2, monkeypatch) == "thread"
+
+
+def test_double_precision_is_chosen_for_too(tiny):
+    made = prepare(tiny("fedavg", {"model": "cnn"}))
+    book = made.setting.book
+    double = ModelBook(book.task, book.specs, book.seed, torch.float64)
+    setting = dataclasses.replace(made.setting, book=double)
+    assert choose(dataclasses.replace(made, setting=setting), 2).name == choose(made, 2).name
 
 
 def test_arithmetic_of_an_operation():

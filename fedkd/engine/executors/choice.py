@@ -139,7 +139,7 @@ def unlike_layers(prepared: Prepared) -> str:
 def small(prepared: Prepared) -> bool:
     """Return whether clients' time goes by between operations rather than inside them."""
     book, shape = prepared.setting.book, prepared.setting.task.input_shape
-    kind = torch.int64 if prepared.setting.task.sequence else torch.float32
+    kind = torch.int64 if prepared.setting.task.sequence else book.dtype
     batch = torch.zeros(prepared.experiment.clients.training.batch_size, *shape, dtype=kind)
     # A worker forked later would wait for ever for threads that these operations had started.
     with one_torch_thread():
