@@ -59,24 +59,29 @@ class DpStep(Operations):
         from fedkd.clients.dp_sgd import DpSgd
 
         modes = {name: DpSgd(1.0, mode=mode) for name, mode in MODES.items()}
-        made = {name: partial(self._train, dp) for name, dp in modes.items()}
-        return {"plain": partial(self._train, None), **made}
+        made = {name: partial(self._train, self._net(), dp) for name, dp in modes.items()}
+        return {"plain": partial(self._train, self._net(), None), **made}
 
     def facts(self) -> dict[str, Any]:
         values = {name: {"apart from hooks": value} for name, value in self.apart.items()}
         return {"source": self.source, "examples": len(self.split), "values": values}
 
-    def _train(self, dp: DpSgd | None) -> None:
-        self._fitted(dp)
-
-    def _fitted(self, dp: DpSgd | None) -> BlockNet:
+    def _train(self, net: BlockNet, dp: DpSgd | None) -> None:
+        """Go on training a network: to build one takes as long as steps of a small one."""
         from fedkd.clients.local import fit
         from fedkd.clients.terms import Supervised
+
+        fit(net, self.split, [Supervised()], self.training, 0.01, self.rng, dp)
+
+    def _net(self) -> BlockNet:
         from fedkd.models.base import build
         from fedkd.rng import Rng
 
-        net = build(self.model, self.options, self.task, Rng(0))
-        fit(net, self.split, [Supervised()], self.training, 0.01, self.rng, dp)
+        return build(self.model, self.options, self.task, Rng(0))
+
+    def _fitted(self, dp: DpSgd | None) -> BlockNet:
+        net = self._net()
+        self._train(net, dp)
         return net
 
     def _apart(self, mode: Mode) -> float:

@@ -41,6 +41,8 @@ class Evaluate(Operations):
                 "clients": {"count": clients, "training": {"steps": 1}},
                 "evaluate": {"every": 2, "share": 1.0},
                 "rounds": NEVER,
+                # Workers of other kinds would remember verdicts where nobody can make them forget.
+                "engine": {"executor": "thread", "device": "cpu", "checkpoint_every": NEVER},
             },
         )
         # One step each: then all networks differ, as personal ones do.
@@ -74,8 +76,12 @@ class Evaluate(Operations):
         self.open.close()
 
     def _ours(self) -> dict[int, float]:
-        """Judge as after a round: messages, networks, predictions, records."""
+        """Judge as after a round of new weights: messages, networks, predictions, records."""
+        from fedkd.clients.judge import Verdicts
+
         run = self.run
+        # What is known of these very weights would be told again, and nothing judged.
+        run.side.verdicts = Verdicts()
         messages = run.strategy.evaluate_messages(2, run.state, run.grid)
         folded = run.strategy.fold_evaluate(2, run.grid.send_and_receive(messages))
         return {

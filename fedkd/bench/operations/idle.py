@@ -39,7 +39,10 @@ class Idle(Operations):
         return {"bytes of a list": LISTED, "values": {"idle client": values}}
 
     def _bytes(self, source: str, seed: int, clients: int) -> float:
-        """Return the bytes of a run after a round in which five clients took part."""
+        """Return the bytes of a run after a round of five clients, without what these learned from.
+
+        Of the same examples fewer clients have more each: that is none of an idle one's.
+        """
         import gc
         import tracemalloc
 
@@ -65,6 +68,9 @@ class Idle(Operations):
                 run = begun(open_, table)
                 run.play(1)
                 gc.collect()
-                return float(tracemalloc.get_traced_memory()[0])
+                federation = run.prepared.federation
+                splits = [federation.client(k).train for k in run.strategy.cohort(1)]
+                taken = sum(split.x.nbytes + split.y.nbytes for split in splits)
+                return float(tracemalloc.get_traced_memory()[0] - taken)
         finally:
             tracemalloc.stop()

@@ -5,6 +5,7 @@ A fit that no route can stack is done alone, by the one loop: that is never an e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from fedkd.clients.training import Training
 from fedkd.models.base import block_of
 
 __all__ = ["Request", "key", "reason", "stacked"]
+log = logging.getLogger(__name__)
+
 MANY = 16
 """Clients from which on the general route pays on a CPU."""
 
@@ -75,8 +78,9 @@ def stacked(requests: Sequence[Request]) -> list[FitResult | Exception]:
         return alone(requests)
     try:
         found = route.train(made)
-    except Exception:
+    except Exception as error:
         # Nothing is written to a network before the end, and one client's error is not another's.
+        log.warning("%d fits are done one by one, as one stack failed: %r", len(requests), error)
         found = alone(made.requests)
     by_place = dict(zip(made.plan.order, found, strict=True))
     return [by_place[i] for i in range(len(requests))]
@@ -85,9 +89,9 @@ def stacked(requests: Sequence[Request]) -> list[FitResult | Exception]:
 def pays(requests: Sequence[Request]) -> bool:
     """Return whether the general route is faster than one client after the other.
 
-    On a CPU it is where operations are small and clients many: 0.5 to 0.6 of the time for 50
-    perceptrons, 1.2 to 1.3 for ten, 1.9 to 2.2 for ten CNNs, three times for per-example gradients.
-    Elsewhere it is taken for granted, and untested.
+    On a CPU it is where operations are small and clients many: about 0.6 of the time for 50
+    perceptrons, 1.2 for ten, twice for ten CNNs, two to three times for per-example gradients (a
+    few alternating fits on a busy machine). Elsewhere it is taken for granted, and untested.
     """
     first = requests[0]
     if first.data.x.device.type != "cpu":
