@@ -28,6 +28,8 @@ from fedkd.rng import Rng
 
 Mode = Literal["auto", "bookkeeping", "hooks", "functorch", "ghost"]
 UNCLIPPED = torch.finfo(torch.float32).max
+COINS = 1 << 16
+"""Coins that are tossed at once: one step at a time, most of the time goes by between them."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,20 @@ def poisson(data: Split, training: Training, rng: Rng) -> Iterator[tuple[Tensor,
 
     Batches differ in size and may be empty. Inputs are row-major, as Opacus' samplers need them.
     """
-    rate, coins = rate_of(training, len(data)), Restarted()
-    for step in range(steps_of(training, len(data))):
-        drawn = coins.at(rng.child("poisson", step)).random(len(data))
-        index = torch.from_numpy(np.flatnonzero(drawn < rate)).to(data.y.device)
-        x = data.x.index_select(0, index).to(memory_format=torch.contiguous_format)
-        yield x, data.y.index_select(0, index), index
+    n, rate, steps = len(data), rate_of(training, len(data)), steps_of(training, len(data))
+    coins, together = Restarted(), max(1, COINS // max(1, n))
+    for start in range(0, steps, together):
+        some = range(start, min(start + together, steps))
+        drawn = np.empty((len(some), n))
+        for step, row in zip(some, drawn, strict=True):
+            coins.at(rng.child("poisson", step)).random(out=row)
+        heads = drawn < rate
+        sizes = np.count_nonzero(heads, axis=1).tolist()
+        index = torch.from_numpy(heads.nonzero()[1]).to(data.y.device)
+        labels = data.y.index_select(0, index)
+        for y, i in zip(labels.split(sizes), index.split(sizes), strict=True):
+            x = data.x.index_select(0, i).to(memory_format=torch.contiguous_format)
+            yield x, y, i
 
 
 class Restarted:
@@ -198,7 +208,8 @@ class PrivateStep:
         finite = self.gradients.backward(weighted(losses, self.own.weights))
         if finite is not None and not finite.all():
             return self._gradients(x[finite], y[finite], index[finite])
-        return torch.stack([loss.detach().sum() for loss in losses]).cpu()
+        sums = [loss.detach().sum(0, keepdim=True) for loss in losses]
+        return (sums[0] if len(sums) == 1 else torch.cat(sums)).cpu()
 
     def _add_apart(self, *nobody: Tensor) -> Tensor:
         """Add the gradient of terms that read no data to the noised one; return their values."""

@@ -13,7 +13,7 @@ from fedkd.clients.books.book import opened
 from fedkd.clients.client import Client
 from fedkd.clients.dp_sgd import DpSgd, dp_problems, poisson, rate_of, steps_of
 from fedkd.clients.local import Term, fit
-from fedkd.clients.noise import BLOCK, BoxMuller, Noise
+from fedkd.clients.noise import BLOCK, BoxMuller, Keystream, Noise
 from fedkd.clients.per_example import ON_MODULES, ON_PARAMETERS, attached
 from fedkd.clients.terms import HeadSupervised, Proximal, Supervised
 from fedkd.clients.training import Training
@@ -768,17 +768,52 @@ def test_noise_is_normal_and_that_of_its_address(mode):
 
 def test_the_tails_of_box_muller():
     class Words:
-        """The smallest words, then the largest."""
+        """The same bits always; they are read as whole numbers with a sign."""
 
-        def __init__(self, value):
-            self.value = value
+        def __init__(self, high, low):
+            self.pair = high, low
 
-        def random_raw(self, n):
-            return np.full(n, self.value, np.uint64)
+        def write(self, out):
+            half = len(out) // 2
+            numbers = np.frombuffer(out, np.int32)
+            numbers[: half // 4], numbers[half // 4 :] = self.pair
 
-    for value, most in ((0, 9.42), (2**64 - 1, 0.0)):
+    least, most = -(2**31), 2**31 - 1
+    # Nought is the rarest, and the largest are 1 after rounding.
+    cases = [((0, 0), 9.42), ((0, 1), 9.30), ((least, least), 0.0), ((most, most), 0.0)]
+    for words, expected in cases:
         source, out = BoxMuller(Rng(0)), torch.empty(3)
-        source._bits = Words(value)
+        source._bits = Words(*words)
         source.fill(out)
         assert out.isfinite().all()
-        assert out.abs().max().item() == pytest.approx(most, abs=0.01)
+        # The angle is made of the first number again.
+        turn = math.hypot(out[0].item(), out[2].item())
+        assert turn == pytest.approx(expected, abs=0.01)
+
+
+def test_bits_are_those_of_aes_in_counter_mode():
+    # NIST SP 800-38A, F.5.1, encrypts its first counter block to this; ours begins at nought.
+    class Address:
+        key = int("2b7e151628aed2a6abf7158809cf4f3c", 16)
+
+    bits, out = Keystream(Address()), bytearray(40)
+    bits.write(memoryview(out)[:3])
+    bits.write(memoryview(out)[3:])
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    block = Cipher(algorithms.AES(Address.key.to_bytes(16, "big")), modes.ECB()).encryptor()
+    counters = b"".join(i.to_bytes(16, "big") for i in range(3))
+    assert bytes(out) == block.update(counters)[:40]
+
+
+def test_numbers_do_not_depend_on_how_many_are_asked_for_together():
+    # Of a stretch that is asked for again and again, and of one that is longer than a block.
+    source, other = BoxMuller(Rng(3)), BoxMuller(Rng(3))
+    parts, whole = torch.empty(BLOCK), torch.empty(2 * BLOCK + 3)
+    other.fill(whole)
+    for start in (0, BLOCK):
+        source.fill(parts)
+        assert torch.equal(parts, whole[start : start + BLOCK])
+    rest = torch.empty(3)
+    source.fill(rest)
+    assert torch.equal(rest, whole[2 * BLOCK :])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedkd.clients.books import entries
 from fedkd.clients.books.calls import Call, Calls, lost, own
 from fedkd.clients.books.convolution import convolution
-from fedkd.clients.books.entries import Entry, Scratch, joint
+from fedkd.clients.books.entries import Entry, Scratch, Sums, norms_of
 
 Maker = Callable[..., Entry]
 
@@ -39,7 +39,9 @@ class Books:
     """
 
     def __init__(self, root: nn.Module, calls: Calls, max_grad_norm: float, divisor: float) -> None:
-        self.calls, self.max_grad_norm, self.divisor = calls, max_grad_norm, divisor
+        self.calls, self.divisor = calls, divisor
+        # A number that torch divides by norms is two operations on them, and a tensor is one.
+        self._most = torch.tensor(max_grad_norm / divisor, dtype=torch.float64)
         self.trained = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
         self._makers = {layer: maker_of(layer) for layer in calls.layers}
         self._scratch, self._checked = Scratch(), False
@@ -73,16 +75,16 @@ class Books:
             if not book:
                 self.nothing()
                 return torch.isfinite(losses)
-            norms = joint([length for entry in book for length in entry.lengths()])
-            # One look at a sum in place of one at every number; it may overflow where none does.
-            if not math.isfinite((norms.sum() + losses.sum()).item()):
+            norms = norms_of(book)
+            # One look at a product in place of one at every number: only finite ones make a finite
+            # product, and it may overflow where none does.
+            if not math.isfinite(torch.dot(norms, losses.to(norms.dtype)).item()):
                 finite = torch.isfinite(norms) & torch.isfinite(losses)
                 if not finite.all():
                     return finite
             if truth is not None:
                 self._check(calls, norms, truth)
-            most = self.max_grad_norm / self.divisor
-            factors = (most / (norms + 1e-6)).clamp_(max=1 / self.divisor)
+            factors = torch.div(self._most, norms.add_(1e-6)).clamp_(max=1 / self.divisor)
             for (_, p), found in zip(self.trained, self._sums(book, factors), strict=True):
                 p.grad = found
         self.calls.clear()
@@ -101,8 +103,11 @@ class Books:
 
     def _sums(self, book: Sequence[Entry], factors: Tensor) -> list[Tensor]:
         """Return the weighted sum of gradients of every trained parameter."""
-        sums = {p: total for entry in book for p, total in entry.sums(factors).items()}
-        return [sums[p] if p in sums else torch.zeros_like(p) for _, p in self.trained]
+        sums: Sums = {}
+        for entry in book:
+            sums.update(entry.sums(factors))
+        found = [(p, sums.get(p)) for _, p in self.trained]
+        return [torch.zeros_like(p) if total is None else total for p, total in found]
 
     def _of_the_first(self, losses: Tensor) -> list[Tensor]:
         """Return the gradient of the first example as autograd finds it, by parameter."""
@@ -122,8 +127,9 @@ class Books:
         }
         alone = self._sums(self._entries(first, Scratch()), torch.ones_like(norms[:1]))
         expected = torch.stack([g.norm() for g in truth]).norm()
-        for (name, _), found, gradient in zip(self.trained, alone, truth, strict=True):
-            if not (found - gradient).norm() <= 0.01 * expected:
+        apart = torch.stack(torch._foreach_norm(torch._foreach_sub(alone, list(truth))))
+        for (name, _), near in zip(self.trained, (apart <= 0.01 * expected).tolist(), strict=True):
+            if not near:
                 raise lost(f"the parameter {name!r}")
         # Norms are rounded up on purpose: what must not be is one that is too small.
         if not norms[0] >= 0.99 * expected:

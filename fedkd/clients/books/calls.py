@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from fedkd.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call of a layer: what it was given (B, ...), and what came back at its output."""
 
     given: Tensor
@@ -78,7 +77,7 @@ class Calls:
             ConfigError: a layer's rows are not the batch's examples, or its input was changed.
         """
         for one in self._noted:
-            if len(one.given) != examples:
+            if one.given.shape[0] != examples:
                 raise lost(f"a layer {type(one.layer).__name__}")
             if one.given._version != one.version:
                 raise ConfigError(

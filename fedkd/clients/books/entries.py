@@ -61,17 +61,6 @@ def joint(lengths: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(tuple(lengths)), dim=0)
 
 
-def product(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``|a| |g|`` and ``|g|`` (B,) for rows a and g, rounded up by what squares can lose.
-
-    Numbers below the root of the smallest float have squares of zero. A norm without them would
-    let the product of a tiny and a huge row through unclipped.
-    """
-    least = torch.finfo(g.dtype).tiny ** 0.5
-    back = length(g).add_(least * g.shape[1] ** 0.5)
-    return length(a).add_(least * a.shape[1] ** 0.5).mul_(back), back
-
-
 def by_products(a: Tensor, g: Tensor) -> Tensor:
     """Return the norm (B,) of ``sum_t g_t a_t^T`` for a (B, T, d) and g (B, T, k).
 
@@ -109,12 +98,12 @@ class Rows:
 
     def __init__(self, layer: nn.Linear, a: Tensor, g: Tensor) -> None:
         self.a, self.g = a, g
-        self.weight = layer.weight if trained(layer.weight) else None
-        self.bias = layer.bias if trained(layer.bias) else None
+        weight, bias = layer.weight, layer.bias
+        self.weight = weight if weight.requires_grad else None
+        self.bias = bias if bias is not None and bias.requires_grad else None
 
     def lengths(self) -> list[Tensor]:
-        found = product(self.a, self.g)
-        return [n for n, p in zip(found, (self.weight, self.bias), strict=True) if p is not None]
+        return list(products([self]))
 
     def sums(self, factors: Tensor) -> Sums:
         found: Sums = {}
@@ -123,6 +112,32 @@ class Rows:
         if self.bias is not None:
             found[self.bias] = torch.mv(self.g.t(), factors)
         return found
+
+
+def products(rows: Sequence[Rows]) -> Tensor:
+    """Return ``|g| |a|`` and ``|g|`` of every linear layer, (N, B): lengths by trained parameter.
+
+    Rounded up by what squares can lose: numbers below the root of the smallest float have squares
+    of zero, and a norm without them would let the product of a tiny and a huge row go unclipped.
+    """
+    sides = [one.a for one in rows] + [one.g for one in rows]
+    norms = torch.stack([length(side) for side in sides])
+    norms.add_((torch.finfo(norms.dtype).tiny * max(side.shape[1] for side in sides)) ** 0.5)
+    norms[: len(rows)].mul_(norms[len(rows) :])
+    shares = [one.weight is not None for one in rows] + [one.bias is not None for one in rows]
+    return norms if all(shares) else norms[[i for i, asked in enumerate(shares) if asked]]
+
+
+def norms_of(book: Sequence[Entry]) -> Tensor:
+    """Return the L2 norm (B,) of each example's gradient over all layers."""
+    rows = [entry for entry in book if isinstance(entry, Rows)]
+    found = [part for entry in book if not isinstance(entry, Rows) for part in entry.lengths()]
+    if not rows:
+        return joint(found)
+    lengths = products(rows)
+    if found:
+        lengths = torch.cat([lengths, torch.stack(found)])
+    return torch.linalg.vector_norm(lengths, dim=0)
 
 
 class Places:
