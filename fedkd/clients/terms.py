@@ -232,7 +232,8 @@ class Distil(Term):
         loss = self.objective(logits, probs, temperature)
         if not self.rescale:
             loss = loss / squared(temperature, loss)
-        loss = loss.view(rows)
+        if len(rows) == 2:
+            loss = loss.view(rows)
         if self.counts is not None:
             loss = loss * self.counts[batch.index]
         if len(rows) == 2:

@@ -39,6 +39,7 @@ class ModelBook:
         self.task, self.specs, self.seed, self.dtype = task, dict(specs), seed, dtype
         self._initial: dict[str, Arrays] = {}
         self._moulds: dict[str, Mould] = {}
+        self._blocks: dict[str, tuple[str, ...]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -60,16 +61,23 @@ class ModelBook:
         Raises:
             ValueError: a source holds an array of another shape than the network's.
         """
-        weights = dict(self.initial(label))
+        weights = initial = self.initial(label)
         for source in sources:
-            weights.update({key: value for key, value in source.items() if key in weights})
+            # A source that has all there is stands for itself, whatever else it has.
+            if source.keys() >= initial.keys():
+                weights = source
+            else:
+                known = {key: value for key, value in source.items() if key in initial}
+                weights = {**weights, **known}
         model = cast(BlockNet, self._moulds[label].cast(weights))
         return model if torch.device(device).type == "cpu" else model.to(device)
 
     def blocks(self, label: str) -> tuple[str, ...]:
         """Return the block names from shallow to deep, ``head`` last."""
-        names = [block_of(key) for key in self.initial(label)]
-        return tuple(dict.fromkeys(names))
+        if label not in self._blocks:
+            names = [block_of(key) for key in self.initial(label)]
+            self._blocks[label] = tuple(dict.fromkeys(names))
+        return self._blocks[label]
 
     def shapes(self, label: str) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight of an architecture."""
@@ -88,7 +96,9 @@ class ModelBook:
 
 def to_arrays(module: torch.nn.Module) -> Arrays:
     """Return a copy of a module's parameters as arrays."""
-    return {key: _copied(value.detach()) for key, value in module.named_parameters()}
+    found: dict[str, torch.nn.Parameter] = {}
+    _walk(module, "", found, set())
+    return {key: _copied(parameter) for key, parameter in found.items()}
 
 
 def load(module: torch.nn.Module, arrays: Arrays) -> None:
@@ -102,7 +112,24 @@ def load(module: torch.nn.Module, arrays: Arrays) -> None:
             fill(parameter.detach(), key, arrays[key])
 
 
+def _walk(
+    module: torch.nn.Module, prefix: str, found: dict[str, torch.nn.Parameter], met: set[int]
+) -> None:
+    """Add what ``named_parameters`` yields of a module, which takes several times as long."""
+    if id(module) in met:
+        return
+    met.add(id(module))
+    for name, parameter in module._parameters.items():
+        if parameter is not None and id(parameter) not in met:
+            met.add(id(parameter))
+            found[prefix + name] = parameter
+    for name, child in module._modules.items():
+        if child is not None:
+            _walk(child, f"{prefix}{name}.", found, met)
+
+
 def _copied(value: torch.Tensor) -> np.ndarray:
+    value = value.detach()
     if value.is_cpu:
-        return np.array(value.numpy(), order="C")
+        return value.numpy().copy()
     return np.ascontiguousarray(value.cpu().numpy())

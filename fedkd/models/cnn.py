@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fedkd.models.base import BlockNet, images
 from fedkd.models.registries import models
@@ -16,8 +17,28 @@ from fedkd.options import Count, options
 from fedkd.types import Task
 
 
+class Halving(nn.MaxPool2d):
+    """Max-pooling over squares of 2x2 pixels: ``(..., h, w) -> (..., h // 2, w // 2)``.
+
+    Where nothing is learned, nobody asks which pixel it was: then the largest is found by comparing
+    rows and columns, the same numbers in a third of the time on a CPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the largest of each square; an odd last row or column is left out."""
+        if torch.is_grad_enabled() or not x.is_cpu or min(x.shape[-2:]) < 2:
+            pooled: Tensor = super().forward(x)
+            return pooled
+        height, width = (side // 2 * 2 for side in x.shape[-2:])
+        rows = torch.maximum(x[..., 0:height:2, :], x[..., 1:height:2, :])
+        return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
+
+
 def _convolution(before: int, after: int, padding: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(before, after, 5, padding=padding), nn.MaxPool2d(2), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(before, after, 5, padding=padding), Halving(), nn.ReLU())
 
 
 @models.register("cnn")

@@ -7,6 +7,7 @@ from torch import nn
 
 from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet, block_of, build, pool, row_major
+from fedkd.models.cnn import Halving
 from fedkd.models.initial import initialise
 from fedkd.models.registries import models
 from fedkd.models.resnet import Residual
@@ -371,3 +372,21 @@ def test_a_network_cannot_be_cut_at_its_head_or_at_no_block():
             call()
     with pytest.raises(ConfigError, match=r"unknown block 'conv3'; did you mean 'conv2'"):
         net.raw_features(torch.zeros(1, 1, 8, 8), "conv3")
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8, 6), (2, 4, 7, 9), (0, 2, 4, 4), (3, 4, 4)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_gives_the_same_with_and_without_gradients(shape, layout):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x[x > 1.0] = float("nan")
+    if x.dim() == 4:
+        x = x.to(memory_format=layout)
+    learning = Halving()(x)
+    with torch.inference_mode():
+        plain = Halving()(x)
+    assert plain.shape == learning.shape
+    assert torch.equal(torch.isnan(plain), torch.isnan(learning))
+    assert torch.equal(plain.nan_to_num(), learning.nan_to_num())
+    with torch.no_grad():
+        many = torch.func.vmap(Halving())(x.expand(2, *shape))
+    assert torch.equal(many[1].nan_to_num(), plain.nan_to_num())

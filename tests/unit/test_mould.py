@@ -1,6 +1,7 @@
 """Networks cast from a prototype: the same as copies, and nothing shared that can change."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -150,3 +151,37 @@ def test_arrays_go_in_and_out_of_any_memory_format():
     half = torch.zeros(2, dtype=torch.bfloat16)
     fill(half, "half", np.array([1.0, 2.0]))
     assert half.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_parameters_lie_apart_and_change_one_by_one(dtype):
+    conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+    conv.register_parameter("none", nn.Parameter(torch.zeros(0, 2)))
+    net = BlockNet({"conv": conv}, nn.Linear(5, 2)).to(dtype)
+    values = {key: p.detach().double().numpy() for key, p in net.named_parameters()}
+    mould = Mould(net)
+    for made in (mould.cast(values), mould.cast(values)):
+        assert made.conv.weight.stride() == net.conv.weight.stride()
+        assert all(map(torch.equal, made.parameters(), net.parameters()))
+        places = sorted((p.data_ptr(), p.nbytes) for p in made.parameters() if p.numel())
+        assert all(at % 64 == 0 for at, _ in places)
+        assert all(at + n <= after for (at, n), (after, _) in pairwise(places))
+        before = {key: p.detach().clone() for key, p in made.named_parameters()}
+        versions = {key: p._version for key, p in made.named_parameters()}
+        with torch.no_grad():
+            made.head.bias.add_(1)
+        changed = [key for key, p in made.named_parameters() if p._version != versions[key]]
+        assert changed == ["head.bias"]
+        for key, p in made.named_parameters():
+            assert torch.equal(p, before[key] + (key == "head.bias"))
+
+
+def test_arrays_are_those_of_the_named_parameters_in_their_order():
+    net = BlockNet({"a": nn.Linear(2, 2), "b": nn.Sequential(nn.Linear(2, 2))}, nn.Linear(2, 2))
+    net.b[0].weight = net.a.weight
+    net.b.add_module("again", net.a)
+    net.a.register_parameter("absent", None)
+    named = dict(net.named_parameters())
+    found = to_arrays(net)
+    assert list(found) == list(named)
+    assert all(np.array_equal(found[key], value.detach()) for key, value in named.items())
