@@ -7,6 +7,7 @@ workers and a kill with resume cannot change a result.
 from __future__ import annotations
 
 import hashlib
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +53,27 @@ class Rng:
         return torch.Generator(device=device).manual_seed(self.key & (2**63 - 1))
 
     def uniform(self) -> float:
-        """Return the one uniform number in [0, 1) of this address."""
-        return float(self.numpy().random())
+        """Return the one uniform number in [0, 1) of this address: the first of :meth:`numpy`."""
+        return _reused.first(self.key)
+
+
+class _Reused(threading.local):
+    """One generator for each thread, put to the start of a stream: faster than a new one."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(key=0)
+        self.draw = np.random.Generator(self.bits)
+        self.start = self.bits.state
+
+    def first(self, key: int) -> float:
+        """Return the first uniform number of the stream of a key."""
+        words = np.array([key & (2**64 - 1), key >> 64], dtype=np.uint64)
+        counter = self.start["state"]["counter"]
+        self.bits.state = {**self.start, "state": {"counter": counter, "key": words}}
+        return float(self.draw.random())
+
+
+_reused = _Reused()
 
 
 def stream(seed: int, *path: Part) -> Rng:

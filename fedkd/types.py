@@ -62,7 +62,7 @@ class Task:
     sequence: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClientInfo:
     """What the server knows of a client: its number, its training examples, its architecture."""
 
@@ -110,7 +110,7 @@ class Estimate:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n={self.n}, {self.method})"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One measured value: one line of ``metrics.jsonl``; every table and plot is a view of them.
 

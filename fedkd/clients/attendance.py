@@ -1,7 +1,7 @@
 """Participation in one federation, round by round: who is asked, whose upload is lost, how long.
 
-Everything follows from the seed, and (labels, deadline) from the clients' data; nothing is kept, so
-that a resumed run, other workers and another strategy see the same rounds.
+Everything follows from the seed, and (labels, deadline) from the clients' data, so that a resumed
+run, other workers and another strategy see the same rounds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from fedkd.clients.availability import by_label, power_law, there
 from fedkd.clients.participation import Participation
 from fedkd.rng import stream
 
+KEPT = 8
+"""Rounds whose cohorts are remembered."""
 JITTER = 0.5
 """How much a client's speed changes from round to round, in units of that over clients."""
 
@@ -55,6 +57,14 @@ class Attendance:
 
     def cohort(self, round_: int) -> list[int]:
         """Return the clients that do the work of a round, in ascending order; there may be none."""
+        if round_ not in self._cohorts:
+            # Several ask for that of one round; with many clients drawing takes its time.
+            while len(self._cohorts) >= KEPT:
+                self._cohorts.pop(next(iter(self._cohorts)), None)
+            self._cohorts[round_] = self._drawn(round_)
+        return list(self._cohorts[round_])
+
+    def _drawn(self, round_: int) -> list[int]:
         if self.pooled:
             return [0]
         chance = self._chance(round_)
@@ -115,6 +125,11 @@ class Attendance:
             case "label":
                 assert self.shares is not None
                 return by_label(self.shares, options.strength, options.period, round_)
+
+    @cached_property
+    def _cohorts(self) -> dict[int, list[int]]:
+        """The cohorts of the last few rounds that somebody asked for."""
+        return {}
 
     @cached_property
     def _by_rank(self) -> np.ndarray:

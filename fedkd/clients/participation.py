@@ -88,7 +88,7 @@ class Participation:
         False
         """
         present = [k for k in sorted(clients) if there is None or k in there]
-        if self.scheme == "full":
+        if self.scheme == "full" or self._everybody(len(present), len(clients)):
             return present
         if self.scheme == "cyclic":
             turn = self._turn(seed, round_, clients)
@@ -97,6 +97,12 @@ class Participation:
         if self.scheme == "poisson":
             return [k for k in present if u[k] < self.ratio]
         return sorted(sorted(u, key=lambda k: u[k])[: self.size(len(clients))])
+
+    def _everybody(self, present: int, clients: int) -> bool:
+        """Return whether no coin can keep anybody out; with many clients coins take their time."""
+        if self.scheme == "poisson":
+            return self.ratio >= 1
+        return self.scheme == "fixed" and present <= self.size(clients)
 
     def _turn(self, seed: int, round_: int, clients: Sequence[int]) -> set[int]:
         place = {k: stream(seed, "participation", "order", k).uniform() for k in clients}

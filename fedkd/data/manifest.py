@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedkd.data.dataset import Dataset
-from fedkd.data.partition import Partition
+from fedkd.data.partition import Partition, Parts
 from fedkd.errors import DataError
 
 SCHEMA = 1
@@ -56,7 +56,7 @@ def load(path: Path, dataset: Dataset) -> Partition:
             f"set with the options that it was made with, or make a new partition"
         )
     try:
-        train, test = (tuple(_indices(part) for part in content[key]) for key in ("train", "test"))
+        train, test = (Parts(map(_indices, content[key])) for key in ("train", "test"))
         degrees = tuple(float(d) for d in content["degrees"])
         clients, seed = int(content["clients"]), int(content["seed"])
     except (TypeError, ValueError, OverflowError) as error:

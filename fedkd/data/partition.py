@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -18,6 +18,32 @@ from fedkd.data.apportion import apportion, label_counts
 from fedkd.data.dataset import Dataset
 from fedkd.errors import ConfigError, DataError
 from fedkd.rng import Rng
+
+
+class Parts(Sequence[np.ndarray]):
+    """Many clients' indices in one array, int64; each client's is a view, made when asked for.
+
+    So a client that nobody asks for costs its indices and one offset.
+    """
+
+    def __init__(self, parts: Iterable[np.ndarray]) -> None:
+        arrays = [np.asarray(part, dtype=np.int64) for part in parts]
+        self._flat = np.concatenate([np.empty(0, dtype=np.int64), *arrays])
+        self._ends = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[np.ndarray]: ...
+    def __getitem__(self, place: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        """Return the indices of one client, or of several."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        i = range(len(self))[place]
+        return self._flat[self._ends[i] : self._ends[i + 1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +60,18 @@ class Partition:
         seed: seed that the scheme was drawn with, for the record.
     """
 
-    train: tuple[np.ndarray, ...]
-    test: tuple[np.ndarray, ...]
+    train: Sequence[np.ndarray]
+    test: Sequence[np.ndarray]
     degrees: tuple[float, ...]
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            parts = getattr(self, name)
+            if not isinstance(parts, Parts):
+                object.__setattr__(self, name, Parts(parts))
 
     @property
     def clients(self) -> int:
@@ -114,8 +146,8 @@ def divide(data: Dataset, scheme: Scheme, clients: int, rng: Rng, name: str = ""
         )
     made = dataclasses.is_dataclass(scheme)
     partition = Partition(
-        train=tuple(np.sort(part) for part in train),
-        test=tuple(np.sort(part) for part in scheme.split_test(data, train, rng.child("test"))),
+        train=Parts(np.sort(part) for part in train),
+        test=Parts(np.sort(part) for part in scheme.split_test(data, train, rng.child("test"))),
         degrees=degrees,
         name=name or type(scheme).__name__.lower(),
         options=dataclasses.asdict(scheme) if made else {},  # type: ignore[call-overload]

@@ -17,7 +17,7 @@ from fedkd.clients.local import Fitter, fit
 from fedkd.data.federated import ClientData, Split
 from fedkd.engine.codec import Cache, decode, encode
 from fedkd.engine.desk import Desk
-from fedkd.engine.flower_private import filled
+from fedkd.engine.flower_private import answer, filled
 from fedkd.engine.setup import Prepared
 from fedkd.errors import RunError
 from fedkd.types import Arrays, Metrics
@@ -93,7 +93,7 @@ class ClientSide:
         if client.spent:
             rows = [float(number) for event in client.spent for number in event]
             content[SPENT] = MetricRecord({"events": rows})
-        return Message(content, reply_to=message)
+        return answer(message, content)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Judge a client after aggregation, as ``composite``."""

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from fedkd.engine.flower_private import filled
-from fedkd.engine.held import NUMPY, HeldArray, from_npy, snapshot
+from fedkd.engine.flower_private import filled, inside
+from fedkd.engine.held import NUMPY, HeldArray, from_npy, held_in, snapshot
 from fedkd.errors import ConfigError
 from fedkd.types import Arrays
 
 Cache = dict[int, tuple[Any, Any]]
 """What was decoded in an exchange, by the identity of its bytes."""
+RECORDS = 16
+"""Records that are kept of an exchange: as a rule one for each architecture."""
 
 
 class Encoded:
@@ -30,6 +32,7 @@ class Encoded:
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[weakref.ref[np.ndarray], HeldArray]] = {}
+        self._records: dict[tuple[tuple[str, int], ...], ArrayRecord] = {}
 
     def get(self, array: np.ndarray) -> HeldArray | None:
         """Return what this very object was encoded to."""
@@ -47,6 +50,19 @@ class Encoded:
 
         self._made[number] = weakref.ref(array, forget), made
 
+    def record(self, sent: dict[str, HeldArray]) -> ArrayRecord:
+        """Return one record for all that are sent the same; nobody may change it.
+
+        Only for arrays that were encoded before: what is one client's own is not kept here.
+        """
+        key = tuple([(name, id(made)) for name, made in sent.items()])
+        found = self._records.get(key)
+        if found is None:
+            while len(self._records) >= RECORDS:
+                del self._records[next(iter(self._records))]
+            found = self._records[key] = filled(ArrayRecord(), sent)
+        return found
+
 
 def encode(arrays: Arrays, cache: Encoded | None = None, *, own: bool = False) -> ArrayRecord:
     """Return ``arrays`` as a Flower record, with keys in the same order.
@@ -56,22 +72,25 @@ def encode(arrays: Arrays, cache: Encoded | None = None, *, own: bool = False) -
     copied, once.
 
     Args:
-        cache: pass one :class:`Encoded` to all calls of a round to copy each ndarray object once.
+        cache: pass one :class:`Encoded` to all calls of a round to copy each ndarray object once;
+            the record may then be another call's as well.
         own: the caller gives the arrays away and has no writable view or tensor of them: those
             that own their memory are made read-only and travel without a copy.
 
     Raises:
         ConfigError: a value is not an array, or its dtype holds Python objects.
     """
-    sent: dict[str, HeldArray] = {}
+    if cache is None:
+        sent = {key: _to_flower(key, array, own) for key, array in arrays.items()}
+        return filled(ArrayRecord(), sent)
+    sent, again = {}, True
     for key, array in arrays.items():
-        made = cache.get(array) if cache is not None else None
+        made = cache.get(array)
         if made is None:
-            made = _to_flower(key, array, own)
-            if cache is not None:
-                cache.remember(array, made)
+            again, made = False, _to_flower(key, array, own)
+            cache.remember(array, made)
         sent[key] = made
-    return filled(ArrayRecord(), sent)
+    return cache.record(sent) if again else filled(ArrayRecord(), sent)
 
 
 def decode(record: ArrayRecord, cache: Cache | None = None) -> Arrays:
@@ -87,14 +106,21 @@ def decode(record: ArrayRecord, cache: Cache | None = None) -> Arrays:
     Raises:
         TypeError: an array was serialised by something else than NumPy.
     """
-    return {key: _to_numpy(array, cache) for key, array in record.items()}
+    found: Arrays = {}
+    for key, array in inside(record).items():
+        held = held_in(array)
+        found[key] = _to_numpy(array, cache) if held is None else held
+    return found
 
 
 def _to_flower(key: str, array: np.ndarray, own: bool) -> HeldArray:
     if not isinstance(array, np.ndarray) or array.dtype.hasobject:
         what = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise ConfigError(f"{key!r} cannot travel: expected a numeric NumPy array, got {what}")
-    contiguous = array.flags.c_contiguous or array.flags.f_contiguous
+    flags = array.flags
+    if own and flags.owndata and flags.c_contiguous:
+        return HeldArray(array)
+    contiguous = flags.c_contiguous or flags.f_contiguous
     if contiguous and (_immutable(array) or (own and _sole(array))):
         return HeldArray(array)
     return snapshot(array if contiguous else array.copy(order="C"))
@@ -123,8 +149,6 @@ def _sole(array: np.ndarray) -> bool:
 
 
 def _to_numpy(array: Array, cache: Cache | None) -> np.ndarray:
-    if isinstance(array, HeldArray) and array.held is not None:
-        return array.held
     # By the bytes, not by the Array: the grid copies the Array objects, not what they hold.
     data = array.data
     known = cache.get(id(data)) if cache is not None else None

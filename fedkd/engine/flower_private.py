@@ -12,6 +12,8 @@ private name                                        since    what breaks without
 ``flwr.supercore.run.Run.create_empty``             <= 1.38  apps that read ``grid.run``
 ``flwr.common.serde.array_to_proto``,               < 1.38   the count of wire bytes
  ``recorddict_to_proto``
+``Metadata.__dict__``: all of it, and ``_metadata``,  < 1.38   messages made without checks
+ ``_content``, ``_error`` of ``Message``
 ``_data`` of a record                               < 1.38   records filled without checks
 values of ``flwr.common.constant.ErrorCode``        < 1.38   strategies that look at error codes
 ==================================================  =======  =====================================
@@ -24,7 +26,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -93,6 +96,43 @@ def stamp(message: Message, message_id: str, run_id: int, src_node_id: int) -> N
     )
 
 
+def like(message: Message, content: RecordDict, **changed: Any) -> Message:
+    """Return a message with another content and the metadata of ``message``, but for ``changed``.
+
+    Flower's own way checks every argument and takes ten times as long.
+    """
+    metadata = object.__new__(type(message.metadata))
+    metadata.__dict__.update(message.metadata.__dict__)
+    metadata.__dict__.update({f"_{name}": value for name, value in changed.items()})
+    return _message(metadata, content)
+
+
+def answer(message: Message, content: RecordDict) -> Message:
+    """Return what ``Message(content, reply_to=message)`` does."""
+    metadata = object.__new__(type(message.metadata))
+    asked, said = message.metadata.__dict__, metadata.__dict__
+    now = time.time()
+    said.update(asked)
+    said.update(
+        _message_id="",
+        _reply_to_message_id=asked["_message_id"],
+        _src_node_id=asked["_dst_node_id"],
+        _dst_node_id=asked["_src_node_id"],
+        _created_at=now,
+        _ttl=asked["_ttl"] - (now - asked["_created_at"]),
+        _src_task_id=asked["_dst_task_id"],
+        _dst_task_id=asked["_src_task_id"],
+    )
+    metadata.delivered_at = ""
+    return _message(metadata, content)
+
+
+def _message(metadata: Any, content: RecordDict) -> Message:
+    made = object.__new__(Message)
+    made.__dict__.update(_metadata=metadata, _content=content, _error=None)
+    return made
+
+
 def empty_run(run_id: int) -> Any:
     """Return Flower's description of a run that came from no app bundle."""
     return Run.create_empty(run_id)
@@ -107,6 +147,12 @@ def filled(record: Record, values: Mapping[str, Any]) -> Record:
     return record
 
 
+def inside(record: RecordDict | ArrayRecord | MetricRecord | ConfigRecord) -> dict[str, Any]:
+    """Return what a record holds, without Flower's views and checks; not to be changed."""
+    found: dict[str, Any] = record.__dict__["_data"]
+    return found
+
+
 def wire_bytes(content: RecordDict) -> int:
     """Return the protobuf size of a message's content without serialising any array.
 
@@ -114,16 +160,21 @@ def wire_bytes(content: RecordDict) -> int:
     whatever the size of the arrays: a length-delimited field of n bytes takes one tag byte
     (all field numbers are below 16), the varint of n, and n bytes.
     """
-    total = 0
-    for name, record in content.items():
-        if isinstance(record, ArrayRecord):
-            total += _arrays_bytes(name, layout(record))
-        elif any(isinstance(value, list) for value in record.values()):
-            total += _proto_bytes(name, record)
-        else:
-            sizes = tuple((key, *_size(value)) for key, value in record.items())
-            total += _scalars_bytes(name, isinstance(record, MetricRecord), sizes)
-    return total
+    return sum(
+        arrays_bytes(name, layout(record))
+        if isinstance(record, ArrayRecord)
+        else values_bytes(name, record)
+        for name, record in content.items()
+    )
+
+
+def values_bytes(name: str, record: MetricRecord | ConfigRecord) -> int:
+    """Return the share of a record of plain values in :func:`wire_bytes`."""
+    values = inside(record)
+    if list in map(type, values.values()):
+        return _proto_bytes(name, record)
+    sizes = tuple([(key, *_size(value)) for key, value in values.items()])
+    return _scalars_bytes(name, isinstance(record, MetricRecord), sizes)
 
 
 def _proto_bytes(name: str, record: MetricRecord | ConfigRecord) -> int:
@@ -139,10 +190,17 @@ def _scalars_bytes(name: str, metrics: bool, sizes: tuple[tuple[str, type, Any],
 
 
 def _size(value: float | str | bytes) -> tuple[type, float]:
-    """Return what the size of a scalar depends on: its type, and its length or value."""
+    """Return what the size of a scalar depends on: its type, and its length or a value like it."""
     match value:
+        case bool():
+            return bool, value
         case float():
             return float, 0.0
+        case int():
+            # Its bits count, in sevens; so all that are as long are as one.
+            size = value if value >= 0 else ~value
+            like = 1 << (size.bit_length() - 1) if size else 0
+            return int, like if value >= 0 else ~like
         case str():
             return str, len(value.encode())
         case bytes():
@@ -152,11 +210,13 @@ def _size(value: float | str | bytes) -> tuple[type, float]:
 
 def layout(record: ArrayRecord) -> Layout:
     """Return all that the size of a record of arrays depends on."""
-    return tuple([(k, a.dtype, a.shape, a.stype, stored_bytes(a)) for k, a in record.items()])
+    arrays: Iterable[tuple[str, Array]] = inside(record).items()
+    return tuple([(k, a.dtype, a.shape, a.stype, stored_bytes(a)) for k, a in arrays])
 
 
 @lru_cache(maxsize=1024)
-def _arrays_bytes(name: str, arrays: Layout) -> int:
+def arrays_bytes(name: str, arrays: Layout) -> int:
+    """Return the share of a record of arrays in :func:`wire_bytes`."""
     total = 0
     for key, dtype, shape, stype, stored in arrays:
         header = int(array_to_proto(Array(dtype, shape, stype, b"")).ByteSize())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -12,7 +15,7 @@ from flwr.serverapp.strategy import Strategy as FlowerBase
 
 from fedkd.engine.client_app import spent_in, turn
 from fedkd.engine.codec import Encoded, decode, encode
-from fedkd.engine.flower_private import filled
+from fedkd.engine.flower_private import filled, like
 from fedkd.engine.guard import Guard
 from fedkd.engine.intake import Intake
 from fedkd.engine.rhythm import rhythm_of
@@ -21,6 +24,40 @@ from fedkd.errors import RunError
 from fedkd.rng import stream
 from fedkd.strategies.base import Reducer
 from fedkd.types import Arrays, ClientInfo, Metrics, Record, Upload
+
+ASKED = 64
+"""Nodes that are asked at a time who they are."""
+
+
+class Nodes:
+    """Which node serves which client, and the other way round."""
+
+    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
+        self._node_of = dict(pairs)
+        self._client_of = {node: k for k, node in self._node_of.items()}
+        self._range, self._shift = range(0), 0
+        first = min(self._node_of, default=0)
+        shift = self._node_of.get(first, 0) - first
+        clients = range(first, first + len(self._node_of))
+        if all(self._node_of.get(k) == k + shift for k in clients):
+            # As a rule they are numbered alike, which takes no memory for each client.
+            self._range, self._shift = clients, shift
+            self._node_of, self._client_of = {}, {}
+
+    def __len__(self) -> int:
+        return len(self._range) + len(self._node_of)
+
+    def __contains__(self, client: int) -> bool:
+        return client in self._range or client in self._node_of
+
+    def __getitem__(self, client: int) -> int:
+        """Return the node of a client."""
+        return client + self._shift if client in self._range else self._node_of[client]
+
+    def client(self, node: int) -> int:
+        """Return the client of a node."""
+        client = node - self._shift
+        return client if client in self._range else self._client_of[node]
 
 
 @dataclass(frozen=True)
@@ -41,7 +78,7 @@ class FlowerStrategy(FlowerBase):
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.guard = prepared, Guard(prepared)
         self.rhythm = rhythm_of(prepared)
-        self._nodes: dict[int, int] = {}
+        self._nodes = Nodes([])
         self._state: Arrays = {}
 
     # The engine's side: plain arrays and records.
@@ -51,19 +88,21 @@ class FlowerStrategy(FlowerBase):
         rng = stream(self.prepared.experiment.seed, "server", "init")
         return self.prepared.strategy.init(self.prepared.setting, rng)
 
-    def nodes(self, grid: Grid) -> dict[int, int]:
+    def nodes(self, grid: Grid) -> Nodes:
         """Return the node id of each client, asked once over the grid.
 
         Raises:
             RunError: a client of the federation has no node.
         """
         if not self._nodes:
-            ids = list(grid.get_node_ids())
-            asks = [Message(RecordDict(), n, "query.describe", group_id="0") for n in ids]
-            for reply in grid.send_and_receive(asks):
-                if reply.has_content():
-                    k = int(reply.content["metrics"]["client"])
-                    self._nodes[k] = reply.metadata.src_node_id
+            found, ids = [], iter(grid.get_node_ids())
+            while some := list(islice(ids, ASKED)):
+                asks = messages("query.describe", 0, ((node, RecordDict()) for node in some))
+                for reply in grid.send_and_receive(asks):
+                    if reply.has_content():
+                        k = int(reply.content["metrics"]["client"])
+                        found.append((k, reply.metadata.src_node_id))
+            self._nodes = Nodes(found)
             missing = [k.id for k in self.prepared.setting.clients if k.id not in self._nodes]
             if missing:
                 raise RunError(
@@ -92,13 +131,12 @@ class FlowerStrategy(FlowerBase):
         said = {lost: turn(round_, own, everywhere, lost) for lost in (False, True)}
         lost = set(self.prepared.attendance.lost(round_))
 
-        def message(k: int) -> Message:
+        def content(k: int) -> tuple[int, RecordDict]:
             arrays = strategy.broadcast(state, setting.clients[k], round_, setting)
             records = {"arrays": encode(arrays, encoded), "config": said[k in lost]}
-            content = filled(RecordDict(), records)
-            return Message(content, nodes[k], "train", group_id=str(round_))
+            return nodes[k], filled(RecordDict(), records)
 
-        return (message(k) for k in self.cohort(round_))
+        return messages("train", round_, (content(k) for k in self.cohort(round_)))
 
     def fold_train(self, round_: int, state: Arrays, replies: Iterable[Message]) -> Folded:
         """Fuse the replies of participants, in ascending order of clients, into the next state.
@@ -109,13 +147,12 @@ class FlowerStrategy(FlowerBase):
         Raises:
             RunError: every participant failed.
         """
-        client_of = {node: k for k, node in self._nodes.items()}
         uploads, spent, failures = list[Upload](), {}, list[str]()
         reducer = self._reducer(round_, state)
         intake = Intake(self.cohort(round_), uploads.append if reducer is None else reducer.add)
         records = self._clock(round_)
         for reply in replies:
-            k = client_of[reply.metadata.src_node_id]
+            k = self._nodes.client(reply.metadata.src_node_id)
             upload = None
             if reply.has_error():
                 failures.append(f"client {k}: {reply.error.reason}")
@@ -177,19 +214,18 @@ class FlowerStrategy(FlowerBase):
         setting, strategy = self.prepared.setting, self.prepared.strategy
         said = turn(round_, True, everywhere)
 
-        def message(client: ClientInfo) -> Message:
+        def content(client: ClientInfo) -> tuple[int, RecordDict]:
             arrays = strategy.judging(state, client, round_, setting)
-            content = filled(RecordDict(), {"arrays": encode(arrays, encoded), "config": said})
-            return Message(content, nodes[client.id], "evaluate", group_id=str(round_))
+            records = {"arrays": encode(arrays, encoded), "config": said}
+            return nodes[client.id], filled(RecordDict(), records)
 
-        return (message(client) for client in (setting.clients if now else ()))
+        return messages("evaluate", round_, (content(c) for c in (setting.clients if now else ())))
 
     def fold_evaluate(self, round_: int, replies: Iterable[Message]) -> Folded:
         """Return the records of a judged round."""
-        client_of = {node: k for k, node in self._nodes.items()}
         records, failures = [], []
         for reply in replies:
-            k = client_of[reply.metadata.src_node_id]
+            k = self._nodes.client(reply.metadata.src_node_id)
             if reply.has_error():
                 failures.append(f"client {k}: {reply.error.reason}")
             else:
@@ -235,11 +271,24 @@ class FlowerStrategy(FlowerBase):
         """Print nothing: the run folder and the table say more."""
 
 
+def messages(
+    kind: str, round_: int, contents: Iterable[tuple[int, RecordDict]]
+) -> Iterator[Message]:
+    """Yield a message to each node; what they have in common is checked once."""
+    first: Message | None = None
+    for node, content in contents:
+        if first is None:
+            first = Message(content, node, kind, group_id=str(round_))
+            yield like(first, content)
+        else:
+            yield like(first, content, dst_node_id=node, created_at=time.time())
+
+
 def unpack(round_: int, client: int, metrics: MetricRecord) -> list[Record]:
     """Return a client's metrics as records; keys are ``readout|predictor|split|metric``."""
     records = []
     for key, value in metrics.items():
-        if not isinstance(value, int | float) or not np.isfinite(value):
+        if not isinstance(value, int | float) or not math.isfinite(value):
             continue
         match key.split("|"):
             case ["fit", name]:

@@ -7,11 +7,12 @@ a failing client was given, ``summary.json`` the result.
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class RunFolder:
 
     def append(self, records: Iterable[Record]) -> None:
         """Append records, one JSON object a line, and hand them to the disk."""
-        lines = "".join(json.dumps(_short(r), allow_nan=False) + "\n" for r in records)
+        lines = "".join(map(_line, records))
         with writing(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(lines)
             file.flush()
@@ -160,8 +161,25 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def _short(record: Record) -> dict[str, Any]:
-    """Return the fields that are set; the others have their defaults when read."""
-    defaults = {"client": -1, "split": "", "readout": "", "predict": ""}
-    found = dataclasses.asdict(record)
-    return {k: v for k, v in found.items() if k not in defaults or v != defaults[k]}
+def _line(record: Record) -> str:
+    """Return a record as a line; fields that are not set have their defaults when read.
+
+    Raises:
+        ValueError: its value is not finite.
+    """
+    if not math.isfinite(record.value):
+        raise ValueError(f"a value that is not finite cannot be written down: {record}")
+    metric, rest = _words(record.metric, record.split, record.readout, record.predict)
+    client = "" if record.client == -1 else f', "client": {int(record.client)}'
+    value = float(record.value)
+    return (
+        f'{{"round": {int(record.round)}, "metric": {metric}, "value": {value!r}{client}{rest}}}\n'
+    )
+
+
+@lru_cache(maxsize=4096)
+def _words(metric: str, split: str, readout: str, predict: str) -> tuple[str, str]:
+    """Return the strings of a record in JSON: most records have those of others."""
+    rest = {"split": split, "readout": readout, "predict": predict}
+    said = [f', "{name}": {json.dumps(text)}' for name, text in rest.items() if text]
+    return json.dumps(metric), "".join(said)

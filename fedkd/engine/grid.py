@@ -22,7 +22,7 @@ from fedkd.engine.executors.base import Executor, Outcome, attempt
 from fedkd.engine.executors.process import DeadWorkerError
 from fedkd.engine.executors.serial import Serial
 from fedkd.engine.held import shared
-from fedkd.engine.ledger import Ledger
+from fedkd.engine.ledger import Counted, Ledger
 from fedkd.errors import ConfigError, RunError
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class LocalGrid(Grid):
         executor: how the messages of one push are run; :class:`Serial` by default.
         ledger: counts bytes where given.
         costs: expected cost of a message, for the executor's order of starting.
+        copies: whether both sides get records of their own. An app that changes nothing of what it
+            gets, and nothing more of what it has given, can do without.
 
     Messages to one node run in request order on one worker, since they share its ``Context``.
     Every message is answered before ``push_messages`` returns, so timeouts never strike.
@@ -75,13 +77,14 @@ class LocalGrid(Grid):
         executor: Executor | None = None,
         ledger: Ledger | None = None,
         costs: Callable[[Message], float] | None = None,
+        copies: bool = True,
     ) -> None:
         if node_configs is not None and len(node_configs) != num_nodes:
             raise ConfigError(
                 f"node_configs has {len(node_configs)} entries for {num_nodes} nodes: give one each"
             )
         self.client_app, self.executor, self.ledger = client_app, executor or Serial(), ledger
-        self.costs = costs
+        self.costs, self.copies = costs, copies
         self.failures: list[Failure] = []
         self.contexts = Contexts(num_nodes, dict(run_config or {}), node_configs)
         self._run = flower_private.empty_run(RUN_ID)
@@ -141,8 +144,10 @@ class LocalGrid(Grid):
             for message in batch:
                 self._identify(message)
             outcomes = self._run_batch(batch)
+            counted: Counted = {}
             for message, outcome in zip(batch, outcomes, strict=True):
-                self._replies[message.metadata.message_id] = self._settle(message, outcome)
+                reply = self._settle(message, outcome, counted)
+                self._replies[message.metadata.message_id] = reply
         return [message.metadata.message_id for message in batch]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -182,8 +187,9 @@ class LocalGrid(Grid):
         by_node: dict[int, list[int]] = {}
         for index, message in enumerate(batch):
             by_node.setdefault(message.metadata.dst_node_id, []).append(index)
+        given = self._readable(batch) if self.copies else batch
         tasks = [
-            Task(node, tuple(batch[index] for index in group), self.contexts.state(node))
+            Task(node, tuple(given[index] for index in group), self.contexts.state(node))
             for node, group in by_node.items()
         ]
         cost = self.costs or (lambda _: 1.0)
@@ -199,6 +205,14 @@ class LocalGrid(Grid):
                 self.contexts.keep(node, state)
             done.update(zip(group, answers, strict=True))
         return [done[index] for index in range(len(batch))]
+
+    def _readable(self, batch: list[Message]) -> list[Message]:
+        """Return messages of which every array is cheap to read: one for all that are sent one."""
+        made: dict[int, RecordDict] = {}
+        for message in batch:
+            if id(message.content) not in made:
+                made[id(message.content)] = copied(message.content)
+        return [flower_private.like(message, made[id(message.content)]) for message in batch]
 
     def _serve(self, task: Task) -> tuple[list[Outcome[Message]], RecordDict | None]:
         """Answer the messages of one node; what it returns is all that comes back of a worker.
@@ -220,7 +234,10 @@ class LocalGrid(Grid):
                 f"there is no node {message.metadata.dst_node_id}: the nodes are "
                 f"{FIRST_NODE_ID} to {FIRST_NODE_ID + len(self.contexts) - 1}"
             )
-        reply = self.client_app(_copy_for_client(message), context)
+        given = message
+        if self.copies:
+            given = flower_private.like(message, copied(message.content))
+        reply = self.client_app(given, context)
         if not isinstance(reply, Message):
             raise TypeError(
                 f"the client app returned {type(reply).__name__} for a {kind(message)!r} message; "
@@ -231,12 +248,15 @@ class LocalGrid(Grid):
                 "the client app returned a message that answers none; make it with "
                 "`Message(content, reply_to=message)`"
             )
-        if reply.has_content():
+        if self.copies and reply.has_content():
             reply.content = copied(reply.content)
         return reply
 
-    def _settle(self, message: Message, outcome: Outcome[Message]) -> Message:
-        """Turn an outcome into the reply, and write down what crossed the grid."""
+    def _settle(self, message: Message, outcome: Outcome[Message], counted: Counted) -> Message:
+        """Turn an outcome into the reply, and write down what crossed the grid.
+
+        ``counted``: what is known of the records of this batch, which many messages have in common.
+        """
         metadata = message.metadata
         if outcome.error is None:
             reply = outcome.get()
@@ -250,9 +270,10 @@ class LocalGrid(Grid):
         reply_id = f"{metadata.message_id}-reply"
         flower_private.stamp(reply, reply_id, self._run.run_id, metadata.dst_node_id)
         if self.ledger is not None and metadata.dst_node_id in self.contexts:
-            self.ledger.add(round_of(message), kind(message), "down", message.content)
+            round_, phase = round_of(message), kind(message)
+            self.ledger.add(round_, phase, "down", message.content, counted)
             if reply.has_content():
-                self.ledger.add(round_of(message), kind(message), "up", reply.content)
+                self.ledger.add(round_, phase, "up", reply.content)
         return reply
 
     def _fail(self, message: Message, error: str, trace: str) -> None:
@@ -330,16 +351,3 @@ def _copied(record: Any) -> ArrayRecord | MetricRecord | ConfigRecord:
     values = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
     empty = MetricRecord() if isinstance(record, MetricRecord) else ConfigRecord()
     return flower_private.filled(empty, values)
-
-
-def _copy_for_client(message: Message) -> Message:
-    metadata = message.metadata
-    mine = Message(
-        copied(message.content),
-        metadata.dst_node_id,
-        metadata.message_type,
-        ttl=metadata.ttl,
-        group_id=metadata.group_id,
-    )
-    flower_private.stamp(mine, metadata.message_id, metadata.run_id, metadata.src_node_id)
-    return mine

@@ -11,7 +11,7 @@ import copy
 import io
 import math
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from flwr.app import Array
@@ -36,13 +36,18 @@ class HeldArray(Array):
         """
         flags = held.flags
         flags.writeable = False
+        shape = held.shape
         if data is None:
             # A view, so that no receiver can make it writable again, with the strides that
             # numpy.load gives: along an axis of length 1 they are else whatever they were.
-            order: Literal["F", "C"] = "C" if flags.c_contiguous else "F"
-            held = held.reshape(-1, order=order).reshape(held.shape, order=order)
+            if not flags.c_contiguous:
+                held = held.reshape(-1, order="F").reshape(shape, order="F")
+            elif len(shape) == 1:
+                held = held.reshape(-1)
+            else:
+                held = held.reshape(-1).reshape(shape)
         self.__dict__.update(
-            dtype=_name(held.dtype), shape=held.shape, stype=NUMPY, _held=held, _bytes=data
+            dtype=_name(held.dtype), shape=shape, stype=NUMPY, _held=held, _bytes=data
         )
 
     @property
@@ -126,14 +131,27 @@ def shared(array: Array) -> Array:
     return HeldArray(view, array.data)
 
 
+def held_in(array: Array) -> np.ndarray | None:
+    """Return the array that a :class:`HeldArray` holds; None for what has to be read."""
+    found: np.ndarray | None = array.__dict__.get("_held")
+    return found
+
+
 def stored_bytes(array: Array) -> int:
     """Return ``len(array.data)``, without making these bytes where they do not exist."""
-    if not isinstance(array, HeldArray) or array.held is None:
+    known = array.__dict__
+    held = known.get("_held")
+    if held is None:
         return len(array.data)
-    held, known = array.held, array.__dict__["_bytes"]
-    if known is not None:
-        return len(known)
-    return len(header(held.dtype, held.shape, is_fortran(held))) + held.nbytes
+    if known["_bytes"] is not None:
+        return len(known["_bytes"])
+    return _stored(known["dtype"], known["shape"], is_fortran(held))
+
+
+@lru_cache(maxsize=4096)
+def _stored(dtype: str, shape: tuple[int, ...], fortran: bool) -> int:
+    found = np.dtype(dtype)
+    return len(header(found, shape, fortran)) + math.prod(shape) * found.itemsize
 
 
 def to_npy(array: np.ndarray) -> bytes:

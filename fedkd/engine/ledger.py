@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 
-from fedkd.engine.flower_private import Layout, layout, wire_bytes
+from fedkd.engine.flower_private import Layout, arrays_bytes, layout, values_bytes
 from fedkd.errors import CheckpointError
 from fedkd.types import kind_of
 
@@ -42,6 +42,10 @@ class Bytes:
             self.tensors[kind] = self.tensors.get(kind, 0) + size
 
 
+Counted = dict[int, Bytes]
+"""What records were counted as, by identity: they must outlive it and not change meanwhile."""
+
+
 class Ledger:
     """Bytes by (round, phase, direction); ``down`` is server to client.
 
@@ -52,13 +56,27 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: dict[tuple[int, str, str], Bytes] = {}
 
-    def add(self, round: int, phase: str, direction: Direction, content: RecordDict) -> None:
-        """Count one message with this content."""
+    def add(
+        self,
+        round: int,
+        phase: str,
+        direction: Direction,
+        content: RecordDict,
+        known: Counted | None = None,
+    ) -> None:
+        """Count one message with this content; ``known`` spares to count its records once more."""
         entry = self._entries.setdefault((round, phase, direction), Bytes())
-        entry.include(Bytes(1, wire_bytes(content)))
-        for record in content.values():
-            if isinstance(record, ArrayRecord):
-                entry.include(_tensors(layout(record)))
+        entry.messages += 1
+        for name, record in content.items():
+            found = known.get(id(record)) if known is not None else None
+            if found is None:
+                if isinstance(record, ArrayRecord):
+                    found = _arrays(name, layout(record))
+                else:
+                    found = Bytes(0, values_bytes(name, record))
+                if known is not None:
+                    known[id(record)] = found
+            entry.include(found)
 
     def totals(
         self,
@@ -116,9 +134,9 @@ class Ledger:
 
 
 @lru_cache(maxsize=1024)
-def _tensors(arrays: Layout) -> Bytes:
-    """Return the tensor bytes of a record by kind of knowledge; not to be changed."""
-    found = Bytes()
+def _arrays(name: str, arrays: Layout) -> Bytes:
+    """Return what a record of arrays adds, with tensor bytes by kind; not to be changed."""
+    found = Bytes(0, arrays_bytes(name, arrays))
     for key, dtype, shape, _, stored in arrays:
         kind = kind_of(key)
         found.tensors[kind] = found.tensors.get(kind, 0) + tensor_bytes(dtype, shape, stored)

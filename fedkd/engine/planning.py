@@ -82,13 +82,15 @@ def population(
         # The pseudo-client trains on everybody's examples.
         sizes = [sum(sizes)] * len(sizes)
     fits = strategy.fits(training)
+    # Clients of one size share what they come to.
+    trained = {n: tuple((rate_of(f, n), steps_of(f, n)) for f in fits if n) for n in set(sizes)}
     return Population(
         scheme="full" if strategy.pooled else participation.scheme,
         ratio=participation.ratio,
         rounds=experiment.rounds,
         examples=tuple(sizes),
         turns=turns,
-        fits=tuple(tuple((rate_of(f, n), steps_of(f, n)) for f in fits if n) for n in sizes),
+        fits=tuple(map(trained.__getitem__, sizes)),
         releases=len(rounds),
         tables=sum(isinstance(part, Table | Histogram) for part in payload),
         weights=any(isinstance(part, Weights) for part in payload),

@@ -263,7 +263,7 @@ def attend(experiment: Experiment, strategy: Strategy, federation: Federation) -
         participation,
         experiment.seed,
         tuple(federation.train_size(k) for k in range(federation.clients)),
-        None if federation.task.sequence else label_shares(federation.counts()),
+        label_shares(federation.counts()) if participation.availability == "label" else None,
         strategy.pooled,
     )
 

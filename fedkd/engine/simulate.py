@@ -5,6 +5,7 @@ No Ray, no daemon; all nodes are there from round 1, and the result is the same 
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import time
@@ -26,6 +27,8 @@ from fedkd.engine.grid import Failure, LocalGrid
 from fedkd.engine.ledger import Ledger
 from fedkd.errors import ConfigError
 
+SELDOM = 1000
+"""Looks of the garbage collector at what is young for each at everything; Python's own are 10."""
 T = TypeVar("T")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
@@ -112,12 +115,27 @@ def simulate(
 
 
 @contextmanager
+def _settled() -> Iterator[None]:
+    """Let the garbage collector look at everything more seldom: libraries have objects by 100,000.
+
+    Clients' come and go, and with them it would look at all others every few rounds.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, max(old, SELDOM) if old else old)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, old)
+
+
+@contextmanager
 def in_process(verbose: bool = False) -> Iterator[None]:
     """Make this process one in which Flower messages can be created and clients trained."""
     with ExitStack() as stack:
         stack.enter_context(task_identity(RUN_ID))
         stack.enter_context(quiet_flower(verbose))
         stack.enter_context(one_torch_thread())
+        stack.enter_context(_settled())
         yield
 
 

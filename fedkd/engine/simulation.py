@@ -65,6 +65,7 @@ class Run:
             executor=self.executor,
             ledger=self.ledger,
             costs=self._cost,
+            copies=False,
         )
         self.checkpoint = Checkpoint(folder.path / "checkpoint", self.experiment.digest())
         self.sinks = Sinks(self.experiment, folder)
@@ -205,12 +206,15 @@ class Run:
         return float(self.prepared.setting.clients[k].examples)
 
     def _sizes(self) -> list[Record]:
-        records = []
-        for k in range(self.prepared.federation.clients):
-            records += [
-                Record(round=0, client=k, split=split, metric="examples", value=float(size))
-                for split, size in self.prepared.federation.sizes(k).items()
-            ]
+        records, federation = [], self.prepared.federation
+        values: dict[int, float] = {}
+        for k in range(federation.clients):
+            for split, size in federation.sizes(k).items():
+                # One number for all that are equal: these records stay in memory.
+                value = values.setdefault(size, float(size))
+                records.append(
+                    Record(round=0, client=k, split=split, metric="examples", value=value)
+                )
         return records
 
     def _costs(self, round_: int, seconds: dict[str, float]) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
@@ -42,7 +43,7 @@ class ModelAveraging(Strategy):
 
     def schedule(self, blocks: Sequence[str]) -> LayerSchedule:
         """Return which of ``blocks`` (shallow to deep, head last) are averaged at which round."""
-        return LayerSchedule.always(blocks)
+        return _always(tuple(blocks))
 
     def handover_from(self) -> str:
         """Return ``global`` or ``local``: what a dropped block goes on from."""
@@ -62,11 +63,16 @@ class ModelAveraging(Strategy):
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         schedule = self.schedule(setting.book.blocks(client.model))
         last = int(state[LAST_ROUND][client.id])
-        return {
-            f"model/{key}": value
-            for key, value in select(state, "model").items()
-            if self._sent(schedule, block_of(key), round_, last)
-        }
+        sent: dict[str, bool] = {}
+        found: Arrays = {}
+        for key, value in state.items():
+            if key.startswith("model/"):
+                block = block_of(key[6:])
+                if block not in sent:
+                    sent[block] = self._sent(schedule, block, round_, last)
+                if sent[block]:
+                    found[key] = value
+        return found
 
     def _sent(self, schedule: LayerSchedule, block: str, round_: int, last: int) -> bool:
         if block in schedule(round_):
@@ -87,7 +93,7 @@ class ModelAveraging(Strategy):
         """
         own, sent = select(client.state, "model"), select(received, "model")
         schedule = self.schedule(client.book.blocks(client.info.model))
-        if schedule.monotone:
+        if own and schedule.monotone:
             now = schedule(client.round)
             sent = {k: w for k, w in sent.items() if block_of(k) in now or k not in own}
         return client.model(own, sent)
@@ -97,6 +103,8 @@ class ModelAveraging(Strategy):
         weights = to_arrays(model)
         schedule = self.schedule(model.names)
         now = schedule(client.round)
+        if len(schedule.stages) == 1 and now.issuperset(model.names):
+            return prefixed("model", weights)
         kept = {k for k in weights if block_of(k) not in now}
         if self.handover_from() == "local":
             kept |= {k for k in weights if schedule.dropped_at(block_of(k))}
@@ -154,6 +162,12 @@ class ModelAveraging(Strategy):
                 "(lg-fedavg with equal heads), or use fedd2s with reading = 'up_to_cut'"
             ]
         return []
+
+
+@lru_cache(maxsize=64)
+def _always(blocks: tuple[str, ...]) -> LayerSchedule:
+    """Return the one schedule of a network: every client asks for it, several times a round."""
+    return LayerSchedule.always(blocks)
 
 
 class ModelReducer:
