@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fedkd.bench.work import Work
 
@@ -18,12 +21,19 @@ if TYPE_CHECKING:
 
 def network(work: Work, dtype: str = "float32") -> nn.Module:
     """Return the network of a work with its initial weights."""
+    return by_hand(work.kind, work.x.shape[1:], work.initial, dtype)
+
+
+def by_hand(
+    kind: str, shape: tuple[int, ...], initial: Mapping[str, np.ndarray], dtype: str = "float32"
+) -> nn.Module:
+    """Return a network of torch's own layers, row-major, for inputs of a shape."""
     import torch
     from torch import nn
 
-    shape, sizes = work.x.shape[1:], {name: w.shape for name, w in work.initial.items()}
+    sizes = {name: w.shape for name, w in initial.items()}
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    if work.kind == "cnn":
+    if kind == "cnn":
         (first, before), (second, _) = (sizes[f"conv{i}.0.weight"][:2] for i in (1, 2))
         parts["conv1"] = nn.Sequential(
             nn.Conv2d(before, first, 5, padding=2), nn.MaxPool2d(2), nn.ReLU()
@@ -40,5 +50,5 @@ def network(work: Work, dtype: str = "float32") -> nn.Module:
     net = nn.Sequential(parts).to(getattr(torch, dtype))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            parameter.copy_(torch.from_numpy(work.initial[name]))
+            parameter.copy_(torch.tensor(initial[name]))
     return net

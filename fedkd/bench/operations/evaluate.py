@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkd.bench.operations.base import Operations
 from fedkd.bench.registries import operations
 from fedkd.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 CLIENTS, ROUND = 100, 1
 FEW = 20
@@ -26,6 +29,7 @@ class Evaluate(Operations):
     def start(self, source: str, seed: int) -> None:
         import torch
 
+        from fedkd.bench.backends.nets import by_hand
         from fedkd.bench.playing import NEVER, begun, federation
         from fedkd.engine.simulate import in_process
 
@@ -47,11 +51,14 @@ class Evaluate(Operations):
         )
         # One step each: then all networks differ, as personal ones do.
         self.run.play(ROUND)
-        self.net = self.run.prepared.setting.book.make("cnn")
+        book = self.run.prepared.setting.book
+        self.net = by_hand("cnn", book.task.input_shape, book.initial("cnn"))
+        self.last = book.make("cnn")
         self.own = [self.run.client_state(k) for k in range(clients)]
         tests = [self.run.prepared.federation.client(k).test for k in range(clients)]
         self.tests = [(t.x.contiguous(memory_format=torch.contiguous_format), t.y) for t in tests]
-        ours, others = self._ours(), self._one_by_one()
+        self.lasts = [(t.x, t.y) for t in tests]
+        ours, others = self._ours(), self._one_by_one(self.net, self.tests)
         self.apart = max(abs(ours[k] - others[k]) for k in ours)
         if ours.keys() != others.keys() or self.apart > NEAR:
             raise RunError(f"accuracies of clients differ by {self.apart:.3g}")
@@ -63,7 +70,11 @@ class Evaluate(Operations):
 
             return once
 
-        return {"one by one": call(self._one_by_one), "ours": call(self._ours)}
+        return {
+            "one by one": call(lambda: self._one_by_one(self.net, self.tests)),
+            "one by one, our network": call(lambda: self._one_by_one(self.last, self.lasts)),
+            "ours": call(self._ours),
+        }
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -90,19 +101,22 @@ class Evaluate(Operations):
             if r.metric == "accuracy" and r.split == "test" and r.readout == "composite"
         }
 
-    def _one_by_one(self) -> dict[int, float]:
-        """Judge as one would by hand: load a client's weights, one batch, row-major."""
+    def _one_by_one(self, net: nn.Module, tests: list[tuple[Tensor, Tensor]]) -> dict[int, float]:
+        """Judge as one would by hand: load a client's weights, one batch.
+
+        The network written by hand is row-major, ours is channels last and pools as ours does.
+        """
         import torch
         from torch.nn import functional
 
         from fedkd.types import select
 
-        found, parameters = {}, dict(self.net.named_parameters())
+        found, parameters = {}, dict(net.named_parameters())
         with torch.inference_mode():
-            for k, (x, y) in enumerate(self.tests):
+            for k, (x, y) in enumerate(tests):
                 for name, weight in select(self.own[k], "model").items():
                     parameters[name].copy_(torch.tensor(weight))
-                logits = self.net(x)
+                logits = net(x)
                 float(functional.cross_entropy(logits, y))
                 found[k] = float((logits.argmax(1) == y).double().mean())
         return found
