@@ -87,7 +87,11 @@ class Client:
         training = training or self.training
         lr = training.lr_at(self.round, self.rounds)
         chosen = self.data.train if data is None else data
-        dp = self.dp if chosen.x is self.data.train.x else None
+        mine = self.data.train
+        # Rows are asked for only where they tell something: a stack may never need them here.
+        dp = self.dp
+        if dp is not None and chosen is not mine and chosen.x is not mine.x:
+            dp = None
         if dp is not None:
             if purpose in self.fitted:
                 raise RunError(
@@ -122,15 +126,25 @@ class ByNetworks:
     """A predictor that follows from networks alone: with equal parameters it answers alike.
 
     ``rule`` names how it does, and whatever else an answer depends on; a client's predictors of one
-    rule and equal ``networks``, in this order, are taken for one. They are put in evaluation mode.
+    rule and equal ``networks``, in this order, are taken for one. They are put in evaluation mode
+    when they are first asked for: most clients are not judged in most rounds.
     """
 
     def __init__(self, rule: str, networks: Sequence[nn.Module], predict: Predictor) -> None:
-        self.rule, self.networks, self._predict = rule, tuple(networks), predict
-        for network in self.networks:
-            network.eval()
+        self.rule, self._networks, self._predict = rule, tuple(networks), predict
+        self._ready = False
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The networks, in evaluation mode."""
+        if not self._ready:
+            for network in self._networks:
+                network.eval()
+            self._ready = True
+        return self._networks
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        _ = self.networks
         return self._predict(x)
 
 

@@ -6,17 +6,19 @@ once, in the memory format that convolutions are fastest in: who is only judged 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedkd.data.apportion import apportion, label_counts
 from fedkd.data.dataset import Dataset, stratified_order
-from fedkd.data.partition import Partition
+from fedkd.data.partition import Partition, Parts
 from fedkd.data.rotate import rotate
 from fedkd.errors import ConfigError
 from fedkd.rng import Rng
@@ -38,6 +40,53 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def like(self) -> torch.Tensor:
+        """No rows at all, but shape, type and place of what they would be: ``x[:0]``."""
+        return self.x[:0]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows of a larger table somebody has: ``table (N, ...)``, int64 ``index (n,)``."""
+
+    table: torch.Tensor
+    index: np.ndarray
+
+
+class Drawn(Split):
+    """Rows of a larger table: ``x = table[index]``, taken out at first use and kept; thread-safe.
+
+    Who needs a few of them at a time can read them where they lie, in ``rows``, and spare the copy.
+    """
+
+    rows: Rows | None
+
+    def __init__(self, x: Rows | torch.Tensor, y: torch.Tensor) -> None:
+        given = {"rows": x} if isinstance(x, Rows) else {"rows": None, "x": x}
+        self.__dict__.update(given, y=y, _lock=Lock())
+
+    @cached_property
+    def x(self) -> torch.Tensor:
+        """The rows (n, ...)."""
+        with self.__dict__["_lock"]:
+            # Another thread may have taken them meanwhile. NumPy is faster at it, by a fifth.
+            found: torch.Tensor | None = self.__dict__.get("x")
+            if found is None:
+                assert self.rows is not None
+                taken = self.rows.table.numpy().take(self.rows.index, axis=0)
+                found = self.__dict__["x"] = compact(torch.from_numpy(taken))
+        return found
+
+    @property
+    def like(self) -> torch.Tensor:
+        """No rows at all, but shape, type and place of what they would be."""
+        return self.x[:0] if self.rows is None else self.rows.table[:0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy, and travel to other processes, as a split that has its rows."""
+        return Split, (self.x, self.y)
 
 
 Make = Callable[[], Split]
@@ -112,7 +161,7 @@ class Federation:
         self,
         dataset: Dataset,
         partition: Partition,
-        validation: list[np.ndarray],
+        validation: Sequence[np.ndarray],
         rng: Rng,
         planted: Mapping[int, Planted] | None = None,
     ) -> None:
@@ -120,7 +169,7 @@ class Federation:
         self._planted = dict(planted or {})
         self.task: Task = dataset.task()
         self.clients = partition.clients
-        self._validation, self._rng = validation, rng
+        self._validation, self._rng = Parts(validation), rng
         self._made: dict[int, ClientData] = {}
         self._global: dict[int, Split] = {}
         self._lock = Lock()
@@ -259,8 +308,21 @@ class Federation:
     def _split(self, part: str, indices: np.ndarray, degrees: float = 0.0) -> Split:
         data = self.dataset
         x, y = (data.train_x, data.train_y) if part == "train" else (data.test_x, data.test_y)
-        # Faster than x[indices], by a fifth.
-        return as_split(x.take(indices, axis=0), y[indices], self.task, degrees)
+        if self.task.sequence or degrees:
+            return as_split(x.take(indices, axis=0), y[indices], self.task, degrees)
+        return Drawn(Rows(self._tables[part], indices), torch.from_numpy(y[indices]))
+
+    @cached_property
+    def _tables(self) -> dict[str, torch.Tensor]:
+        parts = {"train": self.dataset.train_x, "test": self.dataset.test_x}
+        return {name: _table(x) for name, x in parts.items()}
+
+
+def _table(x: np.ndarray) -> torch.Tensor:
+    """Return a data set's rows as a tensor over the same memory, which nobody writes to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(x if min(x.strides, default=0) >= 0 else np.ascontiguousarray(x))
 
 
 def hold_out(

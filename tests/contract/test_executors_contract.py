@@ -23,6 +23,7 @@ from fedkd.strategies.base import strategies
 
 every = pytest.mark.parametrize("strategy", CASES)
 TWO = {"rounds": 2, "clients.participation.ratio": 0.75}
+WHOLE = {"rounds": 2, "clients.participation.ratio": 1.0}
 CLOSE = 1e-4
 """Two rounds of single precision, in which sums of equal numbers were ordered otherwise."""
 
@@ -32,13 +33,13 @@ def under(tiny, play):
     """Return ``under(strategy, executor, workers, **changes)``: a played run, each one once."""
     known = {}
 
-    def get(strategy, executor, workers=1):
-        key = json.dumps([strategy, executor, workers])
+    def get(strategy, executor, workers=1, changes=TWO):
+        key = json.dumps([strategy, executor, workers, changes])
         if key not in known:
             engine = {"engine.executor": executor, "engine.workers": workers}
             if executor == "serial":
                 engine = {"engine.executor": executor}
-            known[key] = play(tiny(strategy, {**TWO, **engine}))
+            known[key] = play(tiny(strategy, {**changes, **engine}))
             known[key].close()
         return known[key]
 
@@ -55,10 +56,15 @@ def test_workers_give_the_bits_of_serial(strategy, executor, workers, under, bit
 
 
 @every
-def test_a_stack_gives_the_same_whatever_the_number_of_workers(strategy, under, bits, values):
-    one, three = under(strategy, "cohort", 1), under(strategy, "cohort", 3)
-    assert bits(three) == bits(one)
-    assert values(three) == values(one)
+def test_a_stack_gives_the_same_whatever_the_number_of_workers(
+    strategy, under, bits, values, monkeypatch
+):
+    # Four clients are two parts then, which two workers do side by side.
+    monkeypatch.setattr("fedkd.engine.executors.cohort.SMALLEST", 2)
+    one, two = (under(strategy, "cohort", workers, WHOLE) for workers in (1, 2))
+    assert bits(two) == bits(one)
+    assert values(two) == values(one)
+    assert two.ledger.state_dict() == one.ledger.state_dict()
 
 
 def test_a_stack_is_close_to_serial(under, bits):
@@ -111,7 +117,8 @@ def test_a_failing_client_leaves_what_it_was_given(executor, tiny, play, monkeyp
     assert said.count("client 1 begins") == 4, "ditto trains twice"
 
 
-def test_a_killed_worker_ends_the_run_with_its_clients_name(tiny, play, monkeypatch):
+@pytest.mark.parametrize("executor", ["process", "cohort"])
+def test_a_killed_worker_ends_the_run_with_its_clients_name(executor, tiny, play, monkeypatch):
     def dying(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -119,7 +126,7 @@ def test_a_killed_worker_ends_the_run_with_its_clients_name(tiny, play, monkeypa
     with pytest.raises(
         RunError, match=r"killed by signal 9 .* while client \d answered 'train' of"
     ):
-        play(tiny("fedavg", {"engine.executor": "process", "engine.workers": 1}))
+        play(tiny("fedavg", {"engine.executor": executor, "engine.workers": 2}))
 
 
 def test_a_device_is_not_shared_with_processes(tiny):

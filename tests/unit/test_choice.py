@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from fedkd.engine.executors import Cohort, Processes, Serial, Threads, choice, choose, make_executor
+from fedkd.engine.executors import (
+    Cohort,
+    Processes,
+    Serial,
+    Threads,
+    choice,
+    choose,
+    make_executor,
+    process,
+)
 from fedkd.engine.executors.choice import per_operation
 from fedkd.engine.setup import prepare
 from fedkd.errors import ConfigError
@@ -39,7 +48,7 @@ def test_the_machine_decides_between_those_that_agree_to_the_bit(tiny, monkeypat
     assert name(few, 2, monkeypatch, workers=1) == "serial"
     assert name(few, 2, monkeypatch) == "process"
     assert name(few, 1, monkeypatch, workers=2) == "process"
-    monkeypatch.setattr(choice.sys, "platform", "darwin")
+    monkeypatch.setattr(process.sys, "platform", "darwin")
     assert name(few, 2, monkeypatch) == "thread"
 
 

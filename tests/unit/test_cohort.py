@@ -13,7 +13,9 @@ import pytest
 from fedkd.clients.local import FitResult, fit
 from fedkd.engine.cohort import DroppedError, Meeting, Seats
 from fedkd.engine.executors import Cohort
-from fedkd.engine.executors.cohort import CHUNK, grouped
+from fedkd.engine.executors.base import Homed
+from fedkd.engine.executors.cohort import LARGEST, Part, alike, parted
+from fedkd.engine.executors.process import DeadWorkerError, cannot_fork
 from fedkd.errors import RunError
 
 
@@ -180,14 +182,20 @@ def until(true: Callable[[], bool]) -> bool:
     return False
 
 
-def test_groups_follow_from_keys_and_costs_alone() -> None:
-    assert grouped([], []) == []
-    assert grouped(["a", "b", None, "a", None], [1.0] * 5) == [[0, 3], [1], [2], [4]]
-    assert grouped(["a"] * 3, [9, 1, 1]) == [[0, 1, 2]]
-    assert grouped(["a"] * 8, [8, 7, 6, 5, 4, 3, 2, 1]) == [[0, 3, 4, 7], [1, 2, 5, 6]]
-    sizes = [len(group) for group in grouped(["a"] * CHUNK, [1.0] * CHUNK)]
-    assert sizes == [32] * 4
-    assert sorted(i for group in grouped(["a"] * 77, range(77)) for i in group) == list(range(77))
+def test_parts_follow_from_costs_alone() -> None:
+    assert parted([]) == []
+    assert parted([9, 1, 1]) == [[0, 1, 2]]
+    assert parted([8, 7, 6, 5, 4, 3, 2, 1]) == [[0, 3, 5, 7], [1, 2, 4, 6]]
+    assert parted([70, 47, 29, 22, 19, 16, 10, 7]) == [[0, 5], [1, 2, 3, 4, 6, 7]], "steps count"
+    assert [len(part) for part in parted([1.0] * 128)] == [LARGEST] * 4
+    assert [len(part) for part in parted([0.0] * 64)] == [16] * 4, "work of no cost is shared too"
+    assert max(len(part) for part in parted([1000.0] * 2 + [1.0] * 100)) == LARGEST
+    assert sorted(i for part in parted(range(77)) for i in part) == list(range(77))
+
+
+def test_fits_of_equal_keys_are_one_stack() -> None:
+    assert alike([]) == []
+    assert alike(["a", "b", None, "a", None]) == [[0, 3], [1], [2], [4]]
 
 
 def test_a_fit_outside_of_an_exchange_is_the_one_loop() -> None:
@@ -254,3 +262,73 @@ def test_a_fit_that_leaves_the_program_is_an_error_of_its_clients(
     )
     executor.close()
     assert [type(o.error) for o in outcomes] == [found] * 3
+
+
+forks = pytest.mark.skipif(bool(cannot_fork()), reason=cannot_fork())
+
+
+class Pids:
+    """Work whose result tells where it was done."""
+
+    def __call__(self, item: int) -> tuple[int, int]:
+        if item < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item, os.getpid()
+
+
+@forks
+def test_parts_are_done_in_processes_that_are_kept() -> None:
+    executor, work = Cohort(workers=2), Pids()
+    assert not executor.shares_memory
+    found = [o.get() for o in executor.map(work, range(16), [1.0] * 16)]
+    assert [item for item, _ in found] == list(range(16))
+    assert len({pid for _, pid in found} | {os.getpid()}) == 3
+    again = [o.get() for o in executor.map(work, range(16), [1.0] * 16)]
+    assert {pid for _, pid in again} == {pid for _, pid in found}
+    executor.close()
+
+
+def test_one_worker_needs_no_process() -> None:
+    executor = Cohort(workers=1)
+    assert executor.shares_memory
+    assert {o.get()[1] for o in executor.map(Pids(), range(16), [1.0] * 16)} == {os.getpid()}
+    executor.close()
+
+
+@forks
+def test_threads_of_before_a_fork_are_not_waited_for() -> None:
+    executor = Cohort(workers=2)
+    executor.meet(lambda item: item, Part(0, (1, 2)))
+    found = executor.map(lambda item: 2 * item, range(8), [1.0] * 8)
+    assert [o.get() for o in found] == list(range(0, 16, 2))
+    executor.close()
+
+
+@forks
+def test_a_dead_worker_says_whose_work_it_did() -> None:
+    executor = Cohort(workers=2)
+    with pytest.raises(DeadWorkerError, match="for 4 clients at once was killed by signal 9") as e:
+        executor.map(Pids(), [0, 1, -1, 3, 4, 5, 6, 7], [1.0] * 8)
+    assert e.value.index in (0, 1, 2, 3)
+    executor.close()
+
+
+@forks
+def test_what_cannot_travel_back_is_an_error_of_each_client_of_the_part() -> None:
+    executor = Cohort(workers=2)
+    found = executor.map(lambda item: lambda: item, range(8), [1.0] * 8)
+    assert all(o.error is not None for o in found)
+    executor.close()
+
+
+def test_a_part_is_named_by_its_clients() -> None:
+    assert Part(0, (Homed(3), Homed(5))).whose == "the work of 3, the work of 5"
+
+
+@forks
+def test_only_what_cannot_travel_back_is_an_error() -> None:
+    executor = Cohort(workers=2)
+    found = executor.map(lambda item: (lambda: item) if item == 3 else item, range(8), [1.0] * 8)
+    assert [k for k, o in enumerate(found) if o.error is not None] == [3]
+    assert [o.get() for k, o in enumerate(found) if k != 3] == [0, 1, 2, 4, 5, 6, 7]
+    executor.close()

@@ -28,6 +28,8 @@ class Direct:
         self.momentum, self.decay = training.momentum, training.weight_decay
         trained = chain.trained.items() if self.momentum else ()
         self.moments = {name: torch.zeros_like(p) for name, p in trained}
+        self.active = 0
+        self.own: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, step: Step, signal: Signal) -> Tensor | None:
         """Move the weights; return which rows counted (K, B), None for all."""
@@ -37,14 +39,15 @@ class Direct:
             for trace in self.chain.backward(signal.logits, signal.features)
             for name in trace.layer.trained
         }
-        for name, weight in self.chain.trained.items():
+        if self.active != step.active:
+            self._narrow(step.active)
+        for name, (own, target) in self.own.items():
             trace, apart = traces.get(name), signal.weights.get(name)
             if trace is None and apart is None:
                 continue
-            own = weight[: step.active]
-            target, keep, rate = own, 1 - self.lr * self.decay, -self.lr
+            keep, rate = 1 - self.lr * self.decay, -self.lr
             if self.momentum:
-                target, keep, rate = self.moments[name][: step.active], self.momentum, 1.0
+                keep, rate = self.momentum, 1.0
             if trace is not None:
                 add(trace, target, keep, rate * scale)
             elif keep != 1:
@@ -56,6 +59,13 @@ class Direct:
                     target.add_(own, alpha=self.decay)
                 own.add_(target, alpha=-self.lr)
         return step.real
+
+    def _narrow(self, active: int) -> None:
+        """Go on with the first ``active`` clients: their weights, and what is added to."""
+        self.active = active
+        for name, weight in self.chain.trained.items():
+            own = weight[:active]
+            self.own[name] = own, self.moments[name][:active] if self.momentum else own
 
 
 class Explicit:
@@ -101,7 +111,7 @@ def averaged(step: Step, signal: Signal) -> float:
         return 1 / step.index.shape[1]
     for one in (signal.logits, *signal.features.values()):
         if one is not None:
-            one.mul_(step.shares(one)[:, None])
+            one.mul_(step.shares.to(one.dtype)[:, None])
     return 1.0
 
 
@@ -109,9 +119,6 @@ def add(trace: Trace, target: Tensor, keep: float, scale: float) -> None:
     """Make ``target`` (K, ...) ``keep`` times itself and ``scale`` times the gradient of it."""
     if target.dim() == 3:
         target.baddbmm_(trace.signal, trace.inputs.transpose(1, 2), beta=keep, alpha=scale)
-    elif keep == 0:
-        torch.sum(trace.signal, 2, out=target).mul_(scale)
     else:
-        if keep != 1:
-            target.mul_(keep)
-        target.add_(trace.signal.sum(2), alpha=scale)
+        # A product with ones is a sum, scaled and added in one call.
+        target.unsqueeze(2).baddbmm_(trace.signal, trace.ones, beta=keep, alpha=scale)

@@ -9,35 +9,58 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fedkd.models.base import BlockNet
 
-Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+Forward = Callable[[Tensor], Tensor]
+Backward = Callable[[Tensor, Tensor], Tensor]
+aten = torch.ops.aten
 
-ACTIVATIONS: dict[type[nn.Module], Pair] = {
-    nn.ReLU: (torch.relu, lambda g, out: torch.ops.aten.threshold_backward.default(g, out, 0)),
-    nn.Tanh: (torch.tanh, torch.ops.aten.tanh_backward.default),
-    nn.Sigmoid: (torch.sigmoid, torch.ops.aten.sigmoid_backward.default),
+ACTIVATIONS: dict[type[nn.Module], tuple[Forward, Forward, Backward]] = {
+    nn.ReLU: (
+        torch.relu,
+        torch.relu_,
+        lambda g, out: aten.threshold_backward.grad_input(g, out, 0, grad_input=g),
+    ),
+    nn.Tanh: (
+        torch.tanh,
+        torch.tanh_,
+        lambda g, out: aten.tanh_backward.grad_input(g, out, grad_input=g),
+    ),
+    nn.Sigmoid: (
+        torch.sigmoid,
+        torch.sigmoid_,
+        lambda g, out: aten.sigmoid_backward.grad_input(g, out, grad_input=g),
+    ),
 }
-"""An activation, and what maps the gradient behind it and what it returned to that before it."""
+"""An activation, the same in place, and what makes the gradient behind it that before it, in place.
+
+The last reads what the activation returned.
+"""
 
 
 @dataclass
 class Trace:
-    """What a layer's gradient is made of: ``signal`` (K, out, B) times ``inputs`` (K, in, B)."""
+    """What a layer's gradient is made of: ``signal`` (K, out, B) times ``inputs`` (K, in, B).
+
+    For the bias the inputs are ``ones`` (K, B, 1).
+    """
 
     layer: Layer
     inputs: Tensor
     signal: Tensor
+    ones: Tensor
 
 
 class Layer:
     """One linear layer of K clients: ``weight`` (K, out, in), ``bias`` (K, out) or None.
 
-    ``names`` are those of the two in the network; ``trained`` those which train.
+    ``names`` are those of the two in the network; ``trained`` those which train. What it returns
+    lies in memory that the next step uses.
     """
 
     def __init__(self, block: str, modules: Sequence[nn.Linear], names: Mapping[int, str]) -> None:
@@ -52,20 +75,39 @@ class Layer:
             self.names.append(names[id(first.bias)])
             if first.bias.requires_grad:
                 self.trained[self.names[1]] = self.bias
-        self.prefix(len(modules))
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._room: list[Tensor] = []
+        self.prefix(len(modules), 1)
 
-    def prefix(self, active: int) -> None:
-        """Look at the first ``active`` clients only, until told otherwise."""
-        self.own = self.weight[:active]
-        self.back = self.own.transpose(1, 2)
+    def prefix(self, active: int, rows: int) -> None:
+        """Look at ``rows`` of the first ``active`` clients only, until told otherwise."""
+        if (active, rows) not in self._views:
+            self._views[active, rows] = self._made(active, rows)
+        self.own, self.back, self.out, self.below = self._views[active, rows]
         self.shift = None if self.bias is None else self.bias[:active]
         self.column = None if self.shift is None else self.shift.unsqueeze(2)
+
+    def _made(self, active: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return views of the weights of some clients, and room for what they lead to."""
+        own, sizes = self.weight[:active], self.weight.shape[1:]
+        needed = [len(self.modules) * rows * size for size in sizes]
+        if not self._room or len(self._room[0]) < needed[0]:
+            self._room, self._views = [own.new_empty(n) for n in needed], {}
+        out, below = (
+            room[: active * rows * size].view(active, size, rows)
+            for room, size in zip(self._room, sizes, strict=True)
+        )
+        return own, own.transpose(1, 2), out, below
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (K, in, B) to (K, out, B)."""
         if self.column is None:
-            return torch.bmm(self.own, inputs)
-        return torch.baddbmm(self.column, self.own, inputs)
+            return torch.bmm(self.own, inputs, out=self.out)
+        return torch.baddbmm(self.column, self.own, inputs, out=self.out)
+
+    def backward(self, signal: Tensor) -> Tensor:
+        """Map the gradient behind the layer (K, out, B) to that before it (K, in, B)."""
+        return torch.bmm(self.back, signal, out=self.below)
 
     def write(self) -> None:
         """Copy what was trained back into the clients' modules."""
@@ -76,11 +118,11 @@ class Layer:
 
 
 class Activation:
-    """What is done to each number by itself."""
+    """What is done to each number by itself; ``inside``: where it lies."""
 
     def __init__(self, block: str, kind: type[nn.Module]) -> None:
         self.block = block
-        self.forward, self.backward = ACTIVATIONS[kind]
+        self.forward, self.inside, self.backward = ACTIVATIONS[kind]
 
 
 class Chain:
@@ -114,16 +156,25 @@ class Chain:
             last = own[-1] if own else last
             if name in self.at:
                 self.behind.setdefault(last, []).append(name)
-        self.active = len(models)
+        # What nobody reads any more is written over: linear outputs, and never the inputs.
+        for i, (before, part) in enumerate(pairwise(self.parts)):
+            if isinstance(before, Layer) and isinstance(part, Activation) and i not in self.behind:
+                part.forward = part.inside
+        self.shape = (0, 0)
         self.seen: list[Tensor] = []
+        self._ones: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits (K, C, B) of x (K, B, ...), and features (K, d, B) by block."""
-        if x.shape[0] != self.active:
-            self.active = x.shape[0]
-            for layer in self.layers:
-                layer.prefix(self.active)
         hidden = x.flatten(2).transpose(1, 2)
+        if self.shape != x.shape[:2]:
+            active, rows = x.shape[:2]
+            self.shape = (active, rows)
+            for layer in self.layers:
+                layer.prefix(active, rows)
+            if self.shape not in self._ones:
+                self._ones[self.shape] = hidden.new_ones(active, rows, 1)
+            self.ones = self._ones[self.shape]
         self.seen = [hidden]
         for part in self.parts:
             hidden = part.forward(hidden)
@@ -150,9 +201,9 @@ class Chain:
                 signal = part.backward(signal, self.seen[i + 1])
                 continue
             if part.trained:
-                found.append(Trace(part, self.seen[i], signal))
+                found.append(Trace(part, self.seen[i], signal, self.ones))
             if i > self.lowest:
-                signal = torch.bmm(part.back, signal)
+                signal = part.backward(signal)
         return found
 
     def named(self) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def train(stack: Stack, bucketed: bool | None = None) -> list[FitResult | Except
         if not (weights.trained and weights.apart() and _runs(stack, network, weights)):
             return alone(stack.requests)
         update = Update(weights.trainable(), stack.first.training, stack.first.lr)
-        device = stack.first.data.x.device
+        device = stack.first.data.like.device
         rounded = device.type != "cpu" if bucketed is None else bucketed
         shape = (len(stack.requests), len(stack.terms))
         sums = torch.zeros(shape, dtype=torch.float64, device=device)

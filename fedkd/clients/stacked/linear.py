@@ -9,10 +9,12 @@ from fedkd.clients.dp_sgd import dp_problems
 from fedkd.clients.local import FitResult
 from fedkd.clients.stacked.applying import Direct, Explicit
 from fedkd.clients.stacked.chain import Chain, obstacle
+from fedkd.clients.stacked.labels import Labels
 from fedkd.clients.stacked.private import Private
 from fedkd.clients.stacked.ragged import Plan, Step
-from fedkd.clients.stacked.signals import Signal, signal_of
+from fedkd.clients.stacked.signals import CrossEntropy, Joint, Signal, labelled
 from fedkd.clients.stacked.stack import Request, Stack, in_training
+from fedkd.clients.terms import Supervised
 
 
 def reason(request: Request) -> str:
@@ -22,10 +24,10 @@ def reason(request: Request) -> str:
     for term in request.terms:
         if term.modules():
             return f"the term {term.name!r} trains a module beside the network"
-    if not request.data.x.is_floating_point():
+    if not request.data.like.is_floating_point():
         return "the inputs are no numbers"
     at = frozenset[str]().union(*(term.at() for term in request.terms))
-    found = obstacle(request.model, request.data.x.dim(), at)
+    found = obstacle(request.model, request.data.like.dim(), at)
     if not found and request.dp is not None:
         found = next(iter(dp_problems(request.model)), "")
     return found
@@ -37,7 +39,7 @@ def train(stack: Stack) -> list[FitResult | Exception]:
     with in_training(stack.requests), torch.no_grad():
         at = frozenset[str]().union(*(term.at() for term in stack.terms))
         chain = Chain([request.model for request in stack.requests], at)
-        signal = signal_of(stack.terms, plan, chain)
+        signal = signal_of(stack, chain)
         apply: Direct | Explicit | Private
         if first.dp is not None:
             apply = Private(stack, chain)
@@ -45,7 +47,7 @@ def train(stack: Stack) -> list[FitResult | Exception]:
             apply = Direct(chain, first.training, first.lr)
         else:
             apply = Explicit(chain, first.training, first.lr)
-        tally = Tally(len(stack.terms))
+        tally = signal if isinstance(signal, Labels) else Tally(len(stack.terms))
         for step in plan:
             found = signal(step, *chain.forward(step.x))
             tally.add(step, found, apply(step, found))
@@ -54,25 +56,53 @@ def train(stack: Stack) -> list[FitResult | Exception]:
     return stack.results(tally.sums(plan), finite)
 
 
+def signal_of(stack: Stack, chain: Chain) -> Labels | CrossEntropy | Joint:
+    """Return the cheapest way to the gradients of the terms."""
+    last, plan, only = chain.layers[-1].weight, stack.plan, stack.terms[0]
+    written = labelled(plan, last.shape[1])
+    if not written or len(stack.terms) > 1 or type(only) is not Supervised:
+        return Joint(stack.terms, chain, written)
+    # What is clipped asks for each row's loss in its step.
+    if stack.first.dp is not None:
+        return CrossEntropy(only)
+    return Labels(only, plan, last.shape[1], last)
+
+
+FEW = 64
+"""Steps whose losses are summed together."""
+
+
 class Tally:
     """Each client's losses over the rows that count, put together at the end: steps may be small.
 
-    One number a client, step and term is kept until then.
+    One number a client, step and term is kept until then, and those of a few steps' rows.
     """
 
     def __init__(self, terms: int) -> None:
         self.losses: list[list[Tensor]] = [[] for _ in range(terms)]
+        self.rows: list[list[Tensor]] = [[] for _ in range(terms)]
 
     def add(self, step: Step, signal: Signal, kept: Tensor | None) -> None:
         """Note a step; ``kept`` (K, B) are the rows that count, None: all."""
-        for values, losses in zip(signal.values, self.losses, strict=True):
+        for j, values in enumerate(signal.values):
+            rows = self.rows[j]
             if values.dim() == 1:
-                losses.append(values * step.counts)
-            else:
-                losses.append((values if kept is None else torch.where(kept, values, 0)).sum(1))
+                self.losses[j].append(values * step.counts)
+                continue
+            if rows and (len(rows) == FEW or rows[0].shape[1] != values.shape[1]):
+                self._sum(j)
+            rows.append(values if kept is None else torch.where(kept, values, 0))
+
+    def _sum(self, j: int) -> None:
+        """Sum what several steps left, in one call."""
+        if self.rows[j]:
+            self.losses[j].append(torch.cat(self.rows[j]).sum(1))
+            self.rows[j].clear()
 
     def sums(self, plan: Plan) -> Tensor:
         """Return the sums (K, J), on the CPU."""
+        for j in range(len(self.losses)):
+            self._sum(j)
         found = torch.stack([torch.cat(losses) for losses in self.losses], 1).double().cpu()
         zeros = torch.zeros(len(plan.data), len(self.losses), dtype=found.dtype)
         return zeros.index_add_(0, plan.lanes, found)

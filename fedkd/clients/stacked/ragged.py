@@ -16,30 +16,28 @@ from torch import Tensor
 
 from fedkd.clients.dp_sgd import rate_of, steps_of
 from fedkd.clients.training import Training
-from fedkd.data.federated import Split
+from fedkd.data.federated import Drawn, Split
 from fedkd.rng import Rng
 
 
 @dataclass
 class Step:
-    """One step of the ``active`` first clients of the stack, K of them, on B rows each.
+    """One step, the ``number``-th, of the ``active`` first clients, K of them, on B rows each.
 
     ``x`` (K, B, ...) is a buffer that the next step overwrites; ``y`` (K, B, ...) and ``index``
     (K, B) count through the union of the stack's data; ``counts`` (K,) are real rows. Of ``real``
     (K, B) False marks padding, a copy of another row of the client; None: there is none.
+    ``shares`` (K, B) is what a row counts in its client's mean, nothing if it is padding.
     """
 
+    number: int
     active: int
     x: Tensor
     y: Tensor
     index: Tensor
     counts: Tensor
     real: Tensor | None
-
-    def shares(self, like: Tensor) -> Tensor:
-        """Return what a row counts in its client's mean (K, B), in the type of ``like``."""
-        real = torch.ones_like(self.index, dtype=torch.bool) if self.real is None else self.real
-        return real.to(like.dtype) / self.counts.clamp_min(1)[:, None]
+    shares: Tensor
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over each client's real rows (K,) of values (K, B); 0 without rows."""
@@ -77,30 +75,45 @@ class Plan:
     def __iter__(self) -> Iterator[Step]:
         """Yield the steps. What can be done for all of them at once is: they may be small."""
         y = torch.cat([split.y for split in self.data])
-        edges = np.array(self.first)
-        union = self.positions.to(y.device) + self.offsets[self.lanes][:, None]
-        places = torch.arange(self.positions.shape[1])
-        real = (places < self.counts[:, None]).to(y.device)
+        edges, union = np.array(self.first), self.union
         counts, cuts = self.counts.numpy(), np.diff(edges).tolist()
         widths = np.maximum.reduceat(counts, edges[:-1]).clip(1).tolist()
         least = np.minimum.reduceat(counts, edges[:-1]).tolist()
+        every = (union, self.real.to(y.device), self.counts.to(y.device), self.shares)
+        tables = zip(*(table.split(cuts) for table in every), strict=True)
         # Labels are fetched at once; rows of text are as large as inputs, so each when needed.
         labels = y[union].split(cuts) if y.dim() == 1 else None
-        tallies = self.counts.to(y.device).split(cuts)
-        tables = zip(union.split(cuts), real.split(cuts), tallies, strict=True)
-        fetch = _gather(self.data, self.positions)
+        fetch = _gather(self, union, cuts)
         full = self.positions.shape[1]
-        for s, (wide, mask, count) in enumerate(tables):
+        for s, (index, real, count, shares) in enumerate(tables):
             active, width = cuts[s], widths[s]
-            index, kept = wide, mask
+            wanted = index if labels is None else labels[s]
+            chosen = (index, real, shares, wanted)
             if width < full:
-                index, kept = wide[:, :width], mask[:, :width]
-            x = fetch(self.first[s], active, width, index)
+                chosen = tuple(table[:, :width] for table in chosen)
+            own, kept, share, target = chosen
+            x = fetch(s, active, width)
             if labels is None:
-                own = y.index_select(0, index.flatten()).view(*index.shape, *y.shape[1:])
-            else:
-                own = labels[s] if width == full else labels[s][:, :width]
-            yield Step(active, x, own, index, count, kept if least[s] < width else None)
+                target = y.index_select(0, own.flatten()).view(*own.shape, *y.shape[1:])
+            padded = least[s] < width
+            yield Step(s, active, x, target, own, count, kept if padded else None, share)
+
+    @cached_property
+    def union(self) -> Tensor:
+        """Where an example stands in the union of the stack's data (R, B), on its device."""
+        return self.positions.to(self.offsets.device) + self.offsets[self.lanes][:, None]
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Which examples are no padding (R, B)."""
+        return torch.arange(self.positions.shape[1]) < self.counts[:, None]
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """What an example counts in its client's mean of a step (R, B)."""
+        like = self.data[0].like
+        kind = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        return (self.real.to(kind) / self.counts.clamp_min(1)[:, None]).to(like.device)
 
 
 def epochs(data: Sequence[Split], training: Training, rngs: Sequence[Rng]) -> Plan:
@@ -175,38 +188,59 @@ def _plan(
     )
 
 
-def _gather(data: list[Split], positions: Tensor) -> Callable[[int, int, int, Tensor], Tensor]:
-    """Return what fetches x (K, B, ...) of K clients, whose ``positions`` begin in some row.
+def _gather(plan: Plan, union: Tensor, cuts: list[int]) -> Callable[[int, int, int], Tensor]:
+    """Return what fetches x (K, B, ...) of a step, its clients and rows, into one buffer.
 
-    Clients' data lie apart; to join them would cost a copy of it all, which is more than a step
-    has to move. On another device than the CPU a call a client costs more than that copy.
+    Rows of one table are fetched from there. Other clients' data lie apart; to join them would cost
+    a copy of it all, which is more than a step has to move. On another device than the CPU a call a
+    client costs more than that copy.
     """
-    like = data[0].x
-    rows, shape = positions.shape[1], like.shape[1:]
-    buffer = like.new_empty(len(data) * rows, *shape)
-    if like.device.type != "cpu":
-        joined = torch.cat([split.x for split in data])
+    data, like, full = plan.data, plan.data[0].like, plan.positions.shape[1]
+    shape = like.shape[1:]
+    buffer = like.new_empty(len(data) * full, *shape)
+    flat, whole = buffer.flatten(1), dict[tuple[int, int], tuple[Tensor, Tensor]]()
 
-        def at_once(row: int, active: int, width: int, index: Tensor) -> Tensor:
-            out = buffer[: active * width]
-            torch.index_select(joined, 0, index.flatten(), out=out)
-            return out.view(active, width, *shape)
-
-        return at_once
-    xs, wanted = [split.x for split in data], positions.unbind(0)
-    outs: dict[int, tuple[Tensor, ...]] = {}
-    whole: dict[tuple[int, int], Tensor] = {}
-
-    def one_by_one(row: int, active: int, width: int, index: Tensor) -> Tensor:
-        if width not in outs:
-            outs[width] = buffer[: len(data) * width].split(width)
+    def room(active: int, width: int) -> tuple[Tensor, Tensor]:
         if (active, width) not in whole:
-            whole[active, width] = buffer[: active * width].view(active, width, *shape)
-        chosen = wanted[row : row + active]
-        if width < rows:
-            chosen = positions[row : row + active, :width].unbind(0)
-        for x, local, out in zip(xs, chosen, outs[width], strict=False):
-            torch.index_select(x, 0, local, out=out)
+            n = active * width
+            whole[active, width] = flat[:n], buffer[:n].view(active, width, *shape)
         return whole[active, width]
 
+    table, where = _table(data), union
+    if table is not None:
+        index = [d.rows.index for d in data if isinstance(d, Drawn) and d.rows is not None]
+        where = torch.from_numpy(np.concatenate(index))[union]
+    elif like.device.type != "cpu":
+        table = torch.cat([split.x for split in data])
+    if table is not None:
+        source, steps = table.flatten(1), where.split(cuts)
+
+        def at_once(step: int, active: int, width: int) -> Tensor:
+            rows, shaped = room(active, width)
+            own = steps[step] if width == full else steps[step][:, :width]
+            torch.index_select(source, 0, own.reshape(-1), out=rows)
+            return shaped
+
+        return at_once
+    xs, positions = [split.x for split in data], plan.positions
+    wanted, first = positions.unbind(0), plan.first
+
+    def one_by_one(step: int, active: int, width: int) -> Tensor:
+        shaped = room(active, width)[1]
+        chosen = wanted[first[step] : first[step] + active]
+        if width < full:
+            chosen = positions[first[step] : first[step] + active, :width].unbind(0)
+        outs = shaped.unbind(0)
+        for x, local, out in zip(xs, chosen, outs, strict=False):
+            torch.index_select(x, 0, local, out=out)
+        return shaped
+
     return one_by_one
+
+
+def _table(data: list[Split]) -> Tensor | None:
+    """Return the table of which all ``data`` are rows; None: there is none."""
+    # A subclass may do something to its rows.
+    rows = [split.rows if type(split) is Drawn else None for split in data]
+    tables = [None if own is None else own.table for own in rows]
+    return tables[0] if all(table is tables[0] for table in tables) else None

@@ -34,7 +34,7 @@ class Signal:
 
 
 class CrossEntropy:
-    """``softmax(z) - target``, times the term's weight, for a lone :class:`Supervised` term."""
+    """``softmax(z) - target``, times the weight of a :class:`Supervised` term, step by step."""
 
     def __init__(self, term: Supervised) -> None:
         self.weight, self.smoothing = term.weight, term.label_smoothing
@@ -53,7 +53,8 @@ class CrossEntropy:
         if self.smoothing:
             rest = logs.sum(1).mul_(-self.smoothing / classes)
             values = values.mul_(1 - self.smoothing).add_(rest)
-        slope = logs.exp_()
+        # Sooner than the exponential of what was found above, by half.
+        slope = torch.softmax(logits, 1)
         slope.view(-1).index_add_(0, places, self.minus)
         if self.smoothing:
             slope.sub_(self.smoothing / classes)
@@ -158,13 +159,11 @@ def _gradients(total: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | Non
     return torch.autograd.grad(total, leaves, allow_unused=True)
 
 
-def signal_of(terms: Sequence[Term], plan: Plan, chain: Chain) -> CrossEntropy | Joint:
-    """Return the cheapest way to the gradients of ``terms``."""
-    classes, written = chain.layers[-1].weight.shape[1], plan.data[0].y.dim() == 1
-    if written:
-        # Another label would be read as a class of another row; autograd refuses it as fit does.
-        written = all(int(d.y.min()) >= 0 and int(d.y.max()) < classes for d in plan.data)
-    only = terms[0]
-    if written and len(terms) == 1 and type(only) is Supervised:
-        return CrossEntropy(only)
-    return Joint(terms, chain, written)
+def labelled(plan: Plan, classes: int) -> bool:
+    """Return whether all labels are one of the classes for each example.
+
+    Another one would be read as a class of another row; autograd refuses it as fit does.
+    """
+    if plan.data[0].y.dim() != 1:
+        return False
+    return all(int(d.y.min()) >= 0 and int(d.y.max()) < classes for d in plan.data)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -90,12 +90,12 @@ class Homed:
 
 
 class Executor(ABC):
-    """Runs ``function`` on each of ``items`` in whatever way it likes.
+    """Runs ``function`` on each of ``items`` in whatever way it likes."""
 
-    ``shares_memory``: work changes this process's own objects; else only what it returns counts.
-    """
-
-    shares_memory: ClassVar[bool] = True
+    @property
+    def shares_memory(self) -> bool:
+        """Whether work changes this process's own objects; else only what it returns counts."""
+        return True
 
     @abstractmethod
     def map(

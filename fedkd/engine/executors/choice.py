@@ -6,7 +6,6 @@ What was measured stands in :func:`choose`.
 from __future__ import annotations
 
 import statistics
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.engine.executors.base import Executor, cores, one_torch_thread
+from fedkd.engine.executors.process import cannot_fork
 from fedkd.engine.registries import executors
 from fedkd.errors import ConfigError, unknown
 from fedkd.models.base import BlockNet
@@ -97,8 +97,7 @@ def choose(prepared: Prepared | None = None, workers: int | None = None) -> Choi
         return Choice("thread", hindrance)
     if not small(prepared):
         return Choice("thread", "its operations are large, and let other threads run meanwhile")
-    # With a GPU at hand, autograd keeps threads for it, used or not, which do not survive a fork.
-    if sys.platform != "linux" or prepared.device.type != "cpu" or torch.cuda.device_count():
+    if prepared.device.type != "cpu" or cannot_fork():
         return Choice("thread", f"processes cannot be forked here; {hindrance}")
     return Choice("process", f"its operations are small, which threads do in turn; {hindrance}")
 

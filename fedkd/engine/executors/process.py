@@ -13,12 +13,13 @@ import sys
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import wait
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -60,10 +61,14 @@ class Processes(Executor):
     ``thread`` or ``serial``. Torch and OpenMP are kept at one thread.
     """
 
-    shares_memory: ClassVar[bool] = False
     workers: Annotated[
         int | None, Field(ge=1, description="processes; none: one for each core we may use")
     ] = None
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether work changes this process's own objects: never."""
+        return False
 
     def map(
         self, function: Callable[[T], R], items: Sequence[T], costs: Sequence[float]
@@ -189,10 +194,9 @@ class _Post:
     def __init__(self, items: Sequence[Any]) -> None:
         self.packed = [pack(item) for item in items]
         self.places = [[address(b) for b in packed.buffers] for packed in self.packed]
-        first, several = dict[tuple[int, int], int](), set[tuple[int, int]]()
-        for piece, places in enumerate(self.places):
-            several |= {place for place in places if first.setdefault(place, piece) != piece}
-        self.slot = {place: number for number, place in enumerate(sorted(several))}
+        often = Counter(place for places in self.places for place in places)
+        several = sorted(place for place, times in often.items() if times > 1)
+        self.slot = {place: number for number, place in enumerate(several)}
 
     def send(self, worker: _Worker, batch: list[int]) -> None:
         """Send the pieces of a batch in one message."""
@@ -225,6 +229,15 @@ def _hear(worker: _Worker) -> tuple[int, Outcome[Any]]:
         raise KeyboardInterrupt(f"{body} in piece {index} of the work")
     worker.doing.remove(index)
     return index, Packed(body).unpack(buffers)
+
+
+def cannot_fork() -> str:
+    """Return why this process is better not forked; nothing: it can be."""
+    if sys.platform != "linux":
+        return f"forking is not safe on {sys.platform}"
+    # With a GPU at hand, autograd keeps threads for it, used or not, which do not survive a fork.
+    there = torch.cuda.device_count() or torch.accelerator.is_available()
+    return "there is a GPU" if there else ""
 
 
 def _fork(function: Callable[[Any], Any], workers: list[_Worker]) -> None:

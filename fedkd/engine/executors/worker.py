@@ -83,8 +83,15 @@ def _do(function: Callable[[Any], Any], packed: Packed, buffers: list[Any]) -> A
 
 
 def _packed(outcome: Outcome[Any]) -> Packed:
-    """Pack an outcome; a value that cannot travel is an error of the work."""
+    """Pack an outcome; a value that cannot travel is an error of the work.
+
+    Of several pieces done as one only those are that cannot.
+    """
     packed = attempt(pack, outcome)
+    if packed.error is not None and isinstance(outcome.value, list):
+        parts = [one for one in outcome.value if isinstance(one, Outcome)]
+        if parts and len(parts) == len(outcome.value):
+            return pack(Outcome([_packed(one).unpack() for one in parts]))
     if packed.error is not None:
         return pack(Outcome(error=packed.error, traceback=packed.traceback))
     return packed.get()
