@@ -194,8 +194,11 @@ class _Meet:
 def train(requests: list[Request]) -> list[Fitted]:
     """Do the fits that a part waits for, those of one kind as one."""
     answers: dict[int, Fitted] = {}
-    for group in alike([kind(request) for request in requests]):
-        answers.update(zip(group, together([requests[i] for i in group]), strict=True))
+    kinds = [kind(request) for request in requests]
+    for group in alike(kinds):
+        fits = [requests[i] for i in group]
+        found = [alone(fits[0])] if kinds[group[0]] is None else together(fits)
+        answers.update(zip(group, found, strict=True))
     return [answers[index] for index in range(len(requests))]
 
 
@@ -208,20 +211,22 @@ def kind(request: Request) -> Hashable | None:
 
 
 def together(requests: list[Request]) -> list[Fitted]:
-    """Do the fits of one group; what goes wrong is the answer of those whom it hits."""
+    """Do the fits of one group, be it of one; what goes wrong is the answer of all whom it hits."""
     from fedkd.clients.stacked.request import stacked
 
-    if len(requests) > 1:
-        try:
-            return [*stacked(requests)]
-        except (Exception, SystemExit) as error:
-            what = f"the fits of {len(requests)} clients at once failed: {error!r}"
-            return [_caused(RunError(what), error) for _ in requests]
-    r = requests[0]
     try:
-        return [fit(r.model, r.data, r.terms, r.training, r.lr, r.rng, r.dp)]
+        return [*stacked(requests)]
     except (Exception, SystemExit) as error:
-        return [error]
+        what = f"the fits of {len(requests)} clients at once failed: {error!r}"
+        return [_caused(RunError(what), error) for _ in requests]
+
+
+def alone(r: Request) -> Fitted:
+    """Do one fit by the one loop."""
+    try:
+        return fit(r.model, r.data, r.terms, r.training, r.lr, r.rng, r.dp)
+    except (Exception, SystemExit) as error:
+        return error
 
 
 def _caused(error: RunError, cause: BaseException) -> RunError:
