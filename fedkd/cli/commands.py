@@ -116,6 +116,57 @@ def sweep(
     )
 
 
+@app.command()
+def simulate(
+    path: Annotated[Path, typer.Argument(help="Folder of a Flower app, with its pyproject.toml.")],
+    nodes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Clients; default: what its pyproject.toml says, else 10."),
+    ] = None,
+    run_config: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--run-config", "-c", metavar="'K=V K2=V2'|FILE.toml", help="In place of the app's own."
+        ),
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="serial; thread or process where clients draw from no global RNG.")
+    ] = "serial",
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Threads or processes; default: one for each core."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the global generators of Python, NumPy and torch.")
+    ] = 0,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the records; default: the next free runs/NAME."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show Flower's log as well.")] = False,
+    workspace: Workspace = HERE,
+) -> int:
+    """Run any Flower app as it is, in this process: no Ray, no daemon, every node in round 1.
+
+    Bytes, answers and the means of what clients report are written down for every exchange.
+    """
+    from fedkd.cli.simulate import simulate as command
+
+    return command(
+        path,
+        nodes=nodes,
+        run_config=run_config or [],
+        executor=executor,
+        workers=workers,
+        seed=seed,
+        out=out,
+        quiet=quiet,
+        verbose=verbose,
+        workspace=workspace,
+    )
+
+
 @app.command("list")
 def list_(
     kind: Annotated[Optional[str], typer.Argument(help="Only this kind.")] = None,  # noqa: UP045

@@ -70,7 +70,8 @@ class Drawn(Split):
     @cached_property
     def x(self) -> torch.Tensor:
         """The rows (n, ...)."""
-        with self.__dict__["_lock"]:
+        # Who judges may be the first to ask, and what is made in that mode could never train.
+        with self.__dict__["_lock"], torch.inference_mode(False):
             # Another thread may have taken them meanwhile. NumPy is faster at it, by a fifth.
             found: torch.Tensor | None = self.__dict__.get("x")
             if found is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,6 +33,7 @@ CHUNK = 64
 """Messages in memory at a time in a stream: enough to keep workers busy and stacks full."""
 
 UserConfig = dict[str, bool | float | int | str]
+Watch = Callable[[Sequence[Message], Sequence[Message], float], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class LocalGrid(Grid):
         executor: how the messages of one push are run; :class:`Serial` by default.
         ledger: counts bytes where given.
         costs: expected cost of a message, for the executor's order of starting.
+        watch: told of every push: its messages, their replies, its seconds.
         copies: whether both sides get records of their own. An app that changes nothing of what it
             gets, and nothing more of what it has given, can do without.
 
@@ -77,6 +80,7 @@ class LocalGrid(Grid):
         executor: Executor | None = None,
         ledger: Ledger | None = None,
         costs: Callable[[Message], float] | None = None,
+        watch: Watch | None = None,
         copies: bool = True,
     ) -> None:
         if node_configs is not None and len(node_configs) != num_nodes:
@@ -84,7 +88,7 @@ class LocalGrid(Grid):
                 f"node_configs has {len(node_configs)} entries for {num_nodes} nodes: give one each"
             )
         self.client_app, self.executor, self.ledger = client_app, executor or Serial(), ledger
-        self.costs, self.copies = costs, copies
+        self.costs, self.watch, self.copies = costs, watch, copies
         self.failures: list[Failure] = []
         self.contexts = Contexts(num_nodes, dict(run_config or {}), node_configs)
         self._run = flower_private.empty_run(RUN_ID)
@@ -141,14 +145,20 @@ class LocalGrid(Grid):
         batch = list(messages)
         self._waiting_for_nodes = 0
         with self._lock:
+            start = time.perf_counter()
             for message in batch:
                 self._identify(message)
             outcomes = self._run_batch(batch)
             counted: Counted = {}
-            for message, outcome in zip(batch, outcomes, strict=True):
-                reply = self._settle(message, outcome, counted)
-                self._replies[message.metadata.message_id] = reply
-        return [message.metadata.message_id for message in batch]
+            replies = [
+                self._settle(message, outcome, counted)
+                for message, outcome in zip(batch, outcomes, strict=True)
+            ]
+            ids = [message.metadata.message_id for message in batch]
+            self._replies.update(zip(ids, replies, strict=True))
+            if self.watch is not None and batch:
+                self.watch(batch, replies, time.perf_counter() - start)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return each reply once, in the order in which the messages were pushed."""

@@ -23,7 +23,7 @@ from flwr.serverapp import ServerApp
 from fedkd.engine.contexts import RUN_ID
 from fedkd.engine.executors import Executor, Outcome, Serial, make_executor, one_torch_thread
 from fedkd.engine.flower_private import quiet_flower, task_identity
-from fedkd.engine.grid import Failure, LocalGrid
+from fedkd.engine.grid import Failure, LocalGrid, Watch
 from fedkd.engine.ledger import Ledger
 from fedkd.errors import ConfigError
 
@@ -59,6 +59,7 @@ def simulate(
     executor: str | Executor = "serial",
     workers: int | None = None,
     ledger: Ledger | None = None,
+    watch: Watch | None = None,
     seed: int | None = 0,
     verbose: bool = False,
 ) -> SimulationResult:
@@ -79,6 +80,7 @@ def simulate(
             since such threads do not survive the fork.
         workers: number of threads or processes.
         ledger: counts bytes; a new one by default.
+        watch: called after every push with its messages, their replies in this order, and seconds.
         seed: of the global generators of Python, NumPy and torch (Flower's own strategies sample
             clients with them), which are put back afterwards; ``None`` leaves them alone.
         verbose: show Flower's INFO log.
@@ -102,6 +104,7 @@ def simulate(
         node_configs=node_configs,
         executor=runner if isinstance(runner, Serial) else _WatchesGenerators(runner),
         ledger=books,
+        watch=watch,
     )
     context = Context(RUN_ID, 0, node_config={}, state=RecordDict(), run_config=dict(config))
     start = time.perf_counter()

@@ -35,6 +35,15 @@ def test_rows_are_taken_once_and_only_when_asked_for():
     assert split.x is split.x
 
 
+def test_rows_that_a_judge_was_the_first_to_ask_for_can_be_trained_on():
+    split = drawn()
+    with torch.inference_mode():
+        assert split.x.shape == (3, 1, 2, 3)
+    assert not split.x.is_inference()
+    weight = torch.ones(6, requires_grad=True)
+    (split.x.flatten(1) * weight).sum().backward()
+
+
 def test_other_labels_of_the_same_rows():
     split = drawn()
     flipped = dataclasses.replace(split, y=1 - split.y)

@@ -125,16 +125,16 @@ def test_serial_stays_in_the_callers_thread() -> None:
     assert {o.value for o in outcomes} == {threading.get_ident()}
 
 
-@pytest.mark.parametrize("executor", [Threads(workers=3), Cohort(workers=3)], ids=str)
-def test_threads_run_at_the_same_time(executor: Executor) -> None:
+def test_threads_run_at_the_same_time() -> None:
+    executor = Threads(workers=3)
     barrier = threading.Barrier(3, timeout=30)
     outcomes = executor.map(lambda _: barrier.wait(), range(3), [1, 1, 1])
     assert sorted(o.get() for o in outcomes) == [0, 1, 2]
     executor.close()
 
 
-@pytest.mark.parametrize("executor", [Threads(workers=2), Cohort(workers=2)], ids=str)
-def test_threads_are_kept_until_they_are_closed(executor: Executor) -> None:
+def test_threads_are_kept_until_they_are_closed() -> None:
+    executor = Threads(workers=2)
     before = set(threading.enumerate())
 
     def work(_: int) -> str:

@@ -1,0 +1,80 @@
+"""Flower's older and odder parts on our grid: secure aggregation, as its own example has it."""
+
+import warnings
+
+import numpy as np
+import pytest
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+import fedkd
+
+CLIENTS, SIZE = 5, 3
+
+
+def legacy():
+    """Import what Flower calls legacy, which says so when it is imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from flwr import client, common, server
+        from flwr.client import mod
+        from flwr.server import strategy, workflow
+    return {**vars(client), **vars(common), **vars(server), **vars(mod), **vars(strategy)} | vars(
+        workflow
+    )
+
+
+def test_secure_aggregation_gives_the_weighted_mean_and_no_upload_in_the_clear():
+    old = legacy()
+    results, sent = [], []
+
+    class Client(old["NumPyClient"]):
+        def __init__(self, place):
+            self.place = place
+
+        def fit(self, parameters, config):
+            return [np.full(SIZE, float(self.place))], self.place + 1, {}
+
+    class Keeps(old["FedAvg"]):
+        def aggregate_fit(self, server_round, answers, failures):
+            found = super().aggregate_fit(server_round, answers, failures)
+            results.append(old["parameters_to_ndarrays"](found[0])[0])
+            return found
+
+    def client_fn(context):
+        return Client(int(context.node_config["partition-id"])).to_client()
+
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        strategy = Keeps(
+            fraction_evaluate=0.0,
+            min_available_clients=CLIENTS,
+            min_fit_clients=CLIENTS,
+            initial_parameters=old["ndarrays_to_parameters"]([np.zeros(SIZE)]),
+        )
+        config = old["ServerConfig"](num_rounds=1)
+        whole = old["LegacyContext"](context=context, config=config, strategy=strategy)
+        workflow = old["DefaultWorkflow"](
+            fit_workflow=old["SecAggPlusWorkflow"](
+                num_shares=3, reconstruction_threshold=2, max_weight=10
+            )
+        )
+        workflow(grid, whole)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        app = ClientApp(client_fn=client_fn, mods=[old["secaggplus_mod"]])
+        done = fedkd.simulate(
+            server,
+            app,
+            CLIENTS,
+            watch=lambda messages, replies, seconds: sent.extend(messages),
+        )
+    assert not done.failures
+    weights = np.arange(1, CLIENTS + 1)
+    wanted = float((weights * np.arange(CLIENTS)).sum() / weights.sum())
+    assert results[0] == pytest.approx(np.full(SIZE, wanted), abs=1e-4)
+    # Four stages: keys, their shares, masked vectors, and what unmasks their sum.
+    assert len(sent) == 4 * CLIENTS
