@@ -107,6 +107,11 @@ def read_project(folder: Path) -> FlowerProject:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
+    if "flower" in table:
+        raise ConfigError(
+            f"{file} has [flower.components], as Flower wrote it in 2024: call the table "
+            "[tool.flwr.app.components] and the one of its config [tool.flwr.app.config]"
+        )
     app = _table(_table(_table(table, "tool"), "flwr"), "app")
     components = _table(app, "components")
     apps = {}

@@ -29,16 +29,18 @@ from fedkd.engine.ledger import Ledger
 from fedkd.engine.simulate import SimulationResult, simulate
 from fedkd.errors import FedkdError, RunError
 
-EXAMPLES = "num-examples"
+EXAMPLES = ("num-examples", "num_examples")
+"""What clients of today and of before call the number of their examples."""
+OLD = ("fitres.", "evaluateres.")
 APP, EXCHANGES, FAILURES = "app.json", "exchanges.jsonl", "failures.jsonl"
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One push of messages of one type and round, and what came of it.
+    """All messages of one type and round that followed one another, and what came of them.
 
     ``down`` and ``up`` are wire bytes; ``means`` are those of what clients report, weighted by
-    their ``num-examples`` where they say so; ``examples`` is the sum of these.
+    their examples where they say so, None where not finite; ``examples`` is the sum of these.
     """
 
     round: int
@@ -56,45 +58,108 @@ Say = Callable[[Exchange], None]
 
 
 class Recorder:
-    """Writes every exchange of a run into its folder, and says it."""
+    """Writes every exchange of a run into its folder when it is over, and says it.
+
+    An exchange is over when another begins: Flower's older servers push messages one by one.
+    """
 
     def __init__(self, folder: Path, ledger: Ledger, say: Say) -> None:
         self.folder, self.ledger, self.say = folder, ledger, say
         self.exchanges = 0
-        self._sums = {"down": 0, "up": 0}
+        self._now: _Sums | None = None
+        self._told: dict[tuple[int, str], tuple[int, int]] = {}
 
     def __call__(
         self, messages: Sequence[Message], replies: Sequence[Message], seconds: float
     ) -> None:
-        """Note a push; one of several types or rounds is noted as several of equal duration."""
-        groups: dict[tuple[int, str], list[tuple[Message, Message]]] = {}
+        """Note a push; the seconds of one of several types or rounds are divided evenly."""
         for message, reply in zip(messages, replies, strict=True):
-            groups.setdefault((round_of(message), kind(message)), []).append((message, reply))
-        for (round_, phase), pairs in groups.items():
-            answers = [reply for _, reply in pairs if not reply.has_error()]
-            examples, means = said(answers)
-            found = Exchange(
-                round=round_,
-                phase=phase,
-                sent=len(pairs),
-                answered=len(answers),
-                seconds=round(seconds * len(pairs) / len(messages), 6),
-                down=self._since("down"),
-                up=self._since("up"),
-                examples=examples,
-                means=means,
-            )
-            self.exchanges += 1
-            append(self.folder / EXCHANGES, [asdict(found)])
-            append(self.folder / FAILURES, [failed(m, r) for m, r in pairs if r.has_error()])
-            self.say(found)
+            address = (round_of(message), kind(message))
+            if self._now is None or self._now.address != address:
+                self.end()
+                self._now = _Sums(address)
+            self._now.add(reply, seconds / len(messages))
+            if reply.has_error():
+                append(self.folder / FAILURES, [failed(message, reply)])
 
-    def _since(self, direction: str) -> int:
-        """Return the wire bytes since the last exchange."""
-        before = self._sums[direction]
-        now = self.ledger.totals(direction=direction).wire  # type: ignore[arg-type]
-        self._sums[direction] = now
-        return now - before
+    def end(self) -> None:
+        """Write down the exchange that is over."""
+        if self._now is None:
+            return
+        sums, self._now = self._now, None
+        before, now = self._told.get(sums.address, (0, 0)), self._bytes(sums.address)
+        self._told[sums.address] = now
+        found = sums.exchange(now[0] - before[0], now[1] - before[1])
+        self.exchanges += 1
+        append(self.folder / EXCHANGES, [asdict(found)])
+        self.say(found)
+
+    def _bytes(self, address: tuple[int, str]) -> tuple[int, int]:
+        """Return the wire bytes of a round and phase, down and up, that were written down."""
+        round_, phase = address
+        down = self.ledger.totals(round=round_, phase=phase, direction="down").wire
+        return down, self.ledger.totals(round=round_, phase=phase, direction="up").wire
+
+
+class _Sums:
+    """What there is of an exchange so far."""
+
+    def __init__(self, address: tuple[int, str]) -> None:
+        self.address = address
+        self.sent, self.answered, self.seconds = 0, 0, 0.0
+        self.examples: int | None = None
+        self.totals: dict[str, tuple[float, float]] = {}
+
+    def add(self, reply: Message, seconds: float) -> None:
+        """Add a message by its reply."""
+        self.sent += 1
+        self.seconds += seconds
+        if reply.has_error():
+            return
+        self.answered += 1
+        weight, values = said(reply)
+        if weight is not None:
+            self.examples = (self.examples or 0) + int(weight)
+        share = 1.0 if weight is None else max(float(weight), 0.0)
+        for name, value in values.items():
+            total, shares = self.totals.get(name, (0.0, 0.0))
+            self.totals[name] = total + share * value, shares + share
+
+    def exchange(self, down: int, up: int) -> Exchange:
+        """Return the exchange, which had these bytes."""
+        means = {k: total / shares for k, (total, shares) in self.totals.items() if shares}
+        return Exchange(
+            *self.address,
+            sent=self.sent,
+            answered=self.answered,
+            seconds=round(self.seconds, 6),
+            down=down,
+            up=up,
+            examples=self.examples,
+            means={k: mean if math.isfinite(mean) else None for k, mean in means.items()},
+        )
+
+
+def said(answer: Message) -> tuple[float | None, dict[str, float]]:
+    """Return the examples that a client speaks of, and the other numbers that it reports, by name.
+
+    A record's name goes before those of its values, unless it is ``metrics`` or what Flower's older
+    clients call theirs (``fitres.metrics``, ``evaluateres.loss``, ...).
+    """
+    weight: float | None = None
+    values: dict[str, float] = {}
+    for name, record in answer.content.items():
+        old = name.startswith(OLD)
+        if not isinstance(record, MetricRecord) and not (old and name.endswith(".metrics")):
+            continue
+        for key, value in record.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if key in EXAMPLES:
+                weight = float(value)
+            else:
+                values[key if old or name == "metrics" else f"{name}/{key}"] = float(value)
+    return weight, values
 
 
 def failed(message: Message, reply: Message) -> dict[str, Any]:
@@ -106,32 +171,6 @@ def failed(message: Message, reply: Message) -> dict[str, Any]:
         "code": reply.error.code,
         "error": reply.error.reason,
     }
-
-
-def said(answers: Sequence[Message]) -> tuple[int | None, dict[str, float | None]]:
-    """Return the sum of clients' examples and the means of their other metrics, by name.
-
-    A mean that is not finite is None.
-    """
-    sums: dict[str, list[float]] = {}
-    examples: int | None = None
-    for answer in answers:
-        for name, record in answer.content.items():
-            if not isinstance(record, MetricRecord):
-                continue
-            weight = record.get(EXAMPLES, 1)
-            if not isinstance(weight, int | float) or weight <= 0:
-                weight = 0
-            elif EXAMPLES in record:
-                examples = (examples or 0) + int(weight)
-            for key, value in record.items():
-                if key != EXAMPLES and isinstance(value, int | float):
-                    full = key if name == "metrics" else f"{name}/{key}"
-                    total = sums.setdefault(full, [0.0, 0.0])
-                    total[0] += float(weight) * float(value)
-                    total[1] += float(weight)
-    means = {key: total / weight for key, (total, weight) in sums.items() if weight}
-    return examples, {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
 
 
 def run_app(
@@ -198,6 +237,7 @@ def _ended(folder: Path, project: FlowerProject, recorder: Recorder) -> Iterator
     except (Exception, SystemExit) as error:
         raise RunError(_of_the_app(project, error)) from error
     finally:
+        recorder.end()
         rows = recorder.ledger.state_dict()
         write_text(folder / "ledger.json", json.dumps(rows, indent=2) + "\n")
         told = {"status": status, "exchanges": recorder.exchanges, **summary}

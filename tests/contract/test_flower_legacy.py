@@ -8,6 +8,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 import fedkd
+from fedkd.engine.flower_run import Recorder
+from fedkd.engine.ledger import Ledger
 
 CLIENTS, SIZE = 5, 3
 
@@ -78,3 +80,40 @@ def test_secure_aggregation_gives_the_weighted_mean_and_no_upload_in_the_clear()
     assert results[0] == pytest.approx(np.full(SIZE, wanted), abs=1e-4)
     # Four stages: keys, their shares, masked vectors, and what unmasks their sum.
     assert len(sent) == 4 * CLIENTS
+
+
+def test_an_app_of_before_is_one_exchange_a_round_and_phase(tmp_path):
+    old = legacy()
+
+    class Client(old["NumPyClient"]):
+        def __init__(self, place):
+            self.place = place
+
+        def fit(self, parameters, config):
+            return [np.ones(SIZE)], self.place + 1, {"rate": float(self.place)}
+
+        def evaluate(self, parameters, config):
+            return 0.5, 1, {"accuracy": 1.0}
+
+    def client_fn(context):
+        return Client(int(context.node_config["partition-id"])).to_client()
+
+    def server_fn(context):
+        strategy = old["FedAvg"](initial_parameters=old["ndarrays_to_parameters"]([np.ones(SIZE)]))
+        config = old["ServerConfig"](num_rounds=2)
+        return old["ServerAppComponents"](strategy=strategy, config=config)
+
+    ledger, found = Ledger(), []
+    recorder = Recorder(tmp_path, ledger, found.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        app, server = ClientApp(client_fn=client_fn), ServerApp(server_fn=server_fn)
+        fedkd.simulate(server, app, CLIENTS, ledger=ledger, watch=recorder)
+    recorder.end()
+    assert [(e.round, e.phase, e.sent) for e in found] == [
+        (round_, phase, CLIENTS) for round_ in (1, 2) for phase in ("train", "evaluate")
+    ]
+    assert found[0].examples == 15
+    assert found[0].means == {"rate": pytest.approx((0 + 2 + 6 + 12 + 20) / 15)}
+    assert found[1].means == {"loss": 0.5, "accuracy": 1.0}
+    assert sum(e.down for e in found) == ledger.totals(direction="down").wire

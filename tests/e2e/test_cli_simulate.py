@@ -167,6 +167,7 @@ def test_a_server_app_that_fails_says_where_and_keeps_what_was_done(app, tmp_pat
     [
         ({"pyproject": "[project]\nname = 'x'\n"}, "has no serverapp"),
         ({"pyproject": "no toml"}, "cannot be read"),
+        ({"pyproject": "[flower.components]\nserverapp = 'a:b'\n"}, "as Flower wrote it in 2024"),
         ({"pyproject": PYPROJECT.replace("server_app:app", "server_app")}, 'serverapp = "package'),
         ({"pyproject": PYPROJECT.replace("server_app:app", "missing:app")}, "there is no module"),
         (
