@@ -54,26 +54,32 @@ class Rng:
 
     def uniform(self) -> float:
         """Return the one uniform number in [0, 1) of this address: the first of :meth:`numpy`."""
-        return _reused.first(self.key)
+        return float(_here.generator.at(self).random())
 
 
-class _Reused(threading.local):
-    """One generator for each thread, put to the start of a stream: faster than a new one."""
+class Restarted:
+    """One generator that goes to any address: a new one each time costs as much as a layer."""
 
     def __init__(self) -> None:
-        self.bits = np.random.Philox(key=0)
-        self.draw = np.random.Generator(self.bits)
-        self.start = self.bits.state
+        self._bits = np.random.Philox(key=0)
+        self._numbers, self._start = np.random.Generator(self._bits), self._bits.state
 
-    def first(self, key: int) -> float:
-        """Return the first uniform number of the stream of a key."""
-        words = np.array([key & (2**64 - 1), key >> 64], dtype=np.uint64)
-        counter = self.start["state"]["counter"]
-        self.bits.state = {**self.start, "state": {"counter": counter, "key": words}}
-        return float(self.draw.random())
+    def at(self, rng: Rng) -> np.random.Generator:
+        """Return the generator that ``rng.numpy()`` would be; it is the same object every time."""
+        key = rng.key
+        self._start["state"]["key"][:] = key & (2**64 - 1), key >> 64
+        self._bits.state = self._start
+        return self._numbers
 
 
-_reused = _Reused()
+class _Here(threading.local):
+    """What each thread draws single numbers with."""
+
+    def __init__(self) -> None:
+        self.generator = Restarted()
+
+
+_here = _Here()
 
 
 def stream(seed: int, *path: Part) -> Rng:

@@ -24,7 +24,7 @@ from fedkd.clients.per_example import ByOpacus, PerExample, attached, clipping, 
 from fedkd.clients.training import Training
 from fedkd.data.federated import Split
 from fedkd.errors import ConfigError
-from fedkd.rng import Rng
+from fedkd.rng import Restarted, Rng
 
 Mode = Literal["auto", "bookkeeping", "hooks", "functorch", "ghost"]
 UNCLIPPED = torch.finfo(torch.float32).max
@@ -112,21 +112,6 @@ def poisson(data: Split, training: Training, rng: Rng) -> Iterator[tuple[Tensor,
         for y, i in zip(labels.split(sizes), index.split(sizes), strict=True):
             x = data.x.index_select(0, i).to(memory_format=torch.contiguous_format)
             yield x, y, i
-
-
-class Restarted:
-    """One generator that goes to any address: a new one for each step costs as much as a layer."""
-
-    def __init__(self) -> None:
-        self._bits = np.random.Philox(key=0)
-        self._numbers, self._start = np.random.Generator(self._bits), self._bits.state
-
-    def at(self, rng: Rng) -> np.random.Generator:
-        """Return the generator that ``rng.numpy()`` would be."""
-        low, high = rng.key & (2**64 - 1), rng.key >> 64
-        self._start["state"]["key"][:] = low, high
-        self._bits.state = self._start
-        return self._numbers
 
 
 @dataclass(frozen=True)

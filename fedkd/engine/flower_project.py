@@ -54,7 +54,9 @@ class FlowerProject:
         """
         known, path = dict(sys.modules), list(sys.path)
         sys.path.insert(0, str(self.folder))
+        # Only what lies in the folder: an app may also be a module that is installed.
         tops = {reference.split(":")[0].split(".")[0] for reference in self.apps.values()}
+        tops = {t for t in tops if any((self.folder / name).exists() for name in (t, f"{t}.py"))}
         for name in [n for n in known if n.split(".")[0] in tops]:
             del sys.modules[name]
         importlib.invalidate_caches()

@@ -219,3 +219,15 @@ def test_an_override_may_be_a_file(app, tmp_path, capsys):
 def test_a_folder_without_an_app_is_refused(tmp_path, capsys):
     assert simulated(tmp_path, tmp_path) == 2
     assert "has no pyproject.toml" in capsys.readouterr().err
+
+
+def test_an_app_may_be_a_module_that_is_installed(app, tmp_path, capsys):
+    folder = app()
+    text = (folder / "pyproject.toml").read_text()
+    installed = text.replace("probe.client_app:app", "fedkd.bench.flower_app:client")
+    (folder / "pyproject.toml").write_text(installed)
+    import fedkd.errors
+
+    before = fedkd.errors.ConfigError
+    simulated(tmp_path, folder, "--nodes", 2)
+    assert sys.modules["fedkd.errors"].ConfigError is before

@@ -15,7 +15,7 @@ from fedkd.clients.stacked.signals import Signal
 from fedkd.clients.terms import Supervised
 
 ROOM = 1 << 20
-"""Numbers in one of the two tables, if that is a step at least: they stay in a core's cache."""
+"""Numbers in one of the two tables, unless a single step has more: it bounds the memory."""
 
 
 class Labels:
@@ -33,7 +33,7 @@ class Labels:
     def __init__(self, term: Supervised, plan: Plan, classes: int, like: Tensor) -> None:
         self.weight, self.smoothing, self.plan = term.weight, term.label_smoothing, plan
         self.classes, self.like = classes, like
-        self.y = torch.cat([split.y for split in plan.data])[plan.union]
+        self.y = plan.labels
         self.losses: list[Tensor] = []
         largest = plan.first[1] * classes * self.y.shape[1]
         self.many, self.begin, self.end = max(1, ROOM // largest), 0, 0

@@ -74,15 +74,14 @@ class Plan:
 
     def __iter__(self) -> Iterator[Step]:
         """Yield the steps. What can be done for all of them at once is: they may be small."""
-        y = torch.cat([split.y for split in self.data])
-        edges, union = np.array(self.first), self.union
+        y, edges, union = self.y, np.array(self.first), self.union
         counts, cuts = self.counts.numpy(), np.diff(edges).tolist()
         widths = np.maximum.reduceat(counts, edges[:-1]).clip(1).tolist()
         least = np.minimum.reduceat(counts, edges[:-1]).tolist()
         every = (union, self.real.to(y.device), self.counts.to(y.device), self.shares)
         tables = zip(*(table.split(cuts) for table in every), strict=True)
         # Labels are fetched at once; rows of text are as large as inputs, so each when needed.
-        labels = y[union].split(cuts) if y.dim() == 1 else None
+        labels = self.labels.split(cuts) if y.dim() == 1 else None
         fetch = _gather(self, union, cuts)
         full = self.positions.shape[1]
         for s, (index, real, count, shares) in enumerate(tables):
@@ -97,6 +96,16 @@ class Plan:
                 target = y.index_select(0, own.flatten()).view(*own.shape, *y.shape[1:])
             padded = least[s] < width
             yield Step(s, active, x, target, own, count, kept if padded else None, share)
+
+    @cached_property
+    def y(self) -> Tensor:
+        """The labels of the union of the stack's data."""
+        return torch.cat([split.y for split in self.data])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The label of each example (R, B), where it has one."""
+        return self.y[self.union]
 
     @cached_property
     def union(self) -> Tensor:
