@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedkd.clients.guided import Guide, Led, led
 from fedkd.clients.local import Batch, Term
 from fedkd.clients.stacked.modules import signature
 from fedkd.clients.terms import OnWeights, alike, widened
@@ -52,13 +53,15 @@ class FeatureMatch(Term):
         return FeatureMatch(targets, terms[0].block, terms[0].weight)
 
 
-class HeadOnClasses(Term):
+class HeadOnClasses(Led):
     """Distillation of a head on global features: ``mean_c T^2 D(q_c || softmax(g(h_c) / T))``.
 
     ``inputs`` (P, ...) are the global features h_c of the P classes that have one, in the shape
     that ``head`` g reads; ``probs`` (P, C) their global soft predictions q_c at ``temperature``.
     Classes that nobody holds are left out of the mean. It reads no example, and moves the head
-    alone. Source: Chen et al., FedHKD, ICLR 2023, the second term of the local loss.
+    alone. To the policies of a ``guide`` each class is an example, whose label is the class itself,
+    ``labels`` (P,); nothing else is told them. Source: Chen et al., FedHKD, ICLR 2023, the second
+    term of the local loss.
     """
 
     dp = "weights-only"
@@ -72,17 +75,26 @@ class HeadOnClasses(Term):
         objective: Objective,
         temperature: float,
         weight: float,
+        guide: Guide | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         self.head, self.inputs, self.probs = head, inputs.detach(), probs.detach()
         self.objective, self.temperature, self.weight = objective, temperature, weight
+        self.labels = labels
+        self.led_by(guide)
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self.objective(widened(self.head(self.inputs)), self.probs, self.temperature).mean()
+        logits = widened(self.head(self.inputs))
+        if self.guide is None:
+            return self.objective(logits, self.probs, self.temperature).mean()
+        rows = (logits, self.probs, self.temperature, self.labels)
+        return self.guide.loss(self.objective, *rows, told=False).mean()
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
         shapes = {(t.inputs.shape, t.probs.shape, signature(t.head)) for t in terms}
-        if not alike(HeadOnClasses, terms, "objective", "temperature") or len(shapes) != 1:
+        same = alike(HeadOnClasses, terms, "objective", "temperature") and not led(terms)
+        if not same or len(shapes) != 1:
             return None
         named = [dict(t.head.named_parameters()) for t in terms]
         return HeadsOnClasses(terms, {f"{HEAD}.{n}": [own[n] for own in named] for n in named[0]})

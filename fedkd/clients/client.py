@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkd.clients.agreeing import agreement
 from fedkd.clients.dp_sgd import DpSgd
-from fedkd.clients.local import FitResult, Fitter, Term, fit
+from fedkd.clients.local import FitResult, Fitter, Occasion, Term, fit
 from fedkd.clients.training import Training
 from fedkd.data.federated import ClientData, Split
 from fedkd.errors import RunError
@@ -37,7 +38,8 @@ class Client:
     beside weights, and ``spent`` lists what own data paid in this round, as (noise multiplier,
     sampling rate, steps). ``temperatures`` (n,) of own training examples and
     ``public_temperatures`` (Q,) of the pool belong to ``swing``. ``fitter`` is the one loop, or
-    what an executor has for it.
+    what an executor has for it. ``noted`` are metrics that its fits leave, beside what a strategy
+    says of them.
     """
 
     info: ClientInfo
@@ -59,6 +61,7 @@ class Client:
     fitted: set[str] = field(default_factory=set)
     fitter: Fitter = fit
     attempt: int = 0
+    noted: Metrics = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -86,7 +89,8 @@ class Client:
 
         Calls with another ``purpose`` draw other batches and leave the first ones as they are. On
         its own training data it goes by ``dp``, where there is one, and notes what that cost; other
-        ``data`` must be public.
+        ``data`` must be public. In the last round it notes how the network and what it was taught
+        agree.
         """
         training = training or self.training
         lr = training.lr_at(self.round, self.rounds)
@@ -103,11 +107,17 @@ class Client:
                     "same coins and noise; give each call of fit its own purpose"
                 )
             self.fitted.add(purpose)
-        result = self.fitter(model, chosen, terms, training, lr, self.rng(purpose), dp)
+        rng = self.rng(purpose)
+        if len(chosen):
+            on = Occasion(model, chosen, lr, rng, self.state, lambda: self.data.validation)
+            terms = [term for given in terms for term in given.placed(on)]
+        result = self.fitter(model, chosen, terms, training, lr, rng, dp)
         if result.private is not None:
             self.spent.append(result.private)
         for term in terms:
             term.keep(self.state)
+        if self.round == self.rounds:
+            self.noted |= agreement(model, chosen, terms)
         return result
 
     def epochs(self, epochs: int) -> Training:

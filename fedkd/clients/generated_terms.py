@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedkd.clients.guided import Guide, Led
 from fedkd.clients.local import Batch, Term
 from fedkd.clients.synthesis import codes_for, sample
 from fedkd.distill.generator import Codes, draw_noise
@@ -72,11 +73,12 @@ class Generated(Term):
         return functional.cross_entropy(self.head(made.x), made.y)
 
 
-class GeneratedTargets(Term):
+class GeneratedTargets(Led):
     """The network should answer as its head does to a feature made for the example's label.
 
     ``KL(softmax(h(G(e, y))) || softmax(f(x)))``; the target is a constant. An example whose label
     has no weight in ``prior`` (C,) contributes nothing: the generator has never been asked for it.
+    Policies, where a ``guide`` leads it, see the examples that contribute, and their labels.
     Source: the released code of Zhu et al., FedGen (not in the paper).
     """
 
@@ -92,10 +94,12 @@ class GeneratedTargets(Term):
         noise: int,
         rng: Rng,
         weight: float,
+        guide: Guide | None = None,
     ) -> None:
         self.head, self.generator, self.prior = head, generator, prior
         self.objective, self.noise, self.rng, self.weight = objective, noise, rng, weight
         self.dp = objective.dp
+        self.led_by(guide)
         self._step = 0
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -104,6 +108,12 @@ class GeneratedTargets(Term):
         codes = Codes(noise.to(batch.y.device), batch.y, len(self.prior))
         with torch.no_grad():
             probs = functional.softmax(self.head(sample(self.generator, codes).x), dim=1)
-        labels = batch.y if self.objective.labels else None
-        loss = self.objective(batch.logits, probs, 1.0, labels)
-        return torch.where(self.prior[batch.y] > 0, loss, torch.zeros_like(loss))
+        real = self.prior[batch.y] > 0
+        if self.guide is None:
+            loss = self.taught(self.objective, batch.logits, probs, 1.0, batch.y)
+            return torch.where(real, loss, torch.zeros_like(loss))
+        if not bool(real.any()):
+            return batch.logits.sum(1) * 0.0
+        rows = (batch.logits[real], probs[real], 1.0, batch.y[real])
+        found = self.taught(self.objective, *rows).to(batch.logits.dtype)
+        return batch.logits.new_zeros(len(real)).masked_scatter(real, found)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedkd.clients.chunk import rows_at_once
 from fedkd.clients.client import ByNetworks, Client, Predictor
-from fedkd.clients.local import Batch, Term, fit
+from fedkd.clients.local import Batch, Compared, Occasion, Term, fit
 from fedkd.clients.terms import Distil, Supervised
 from fedkd.clients.training import Training
 from fedkd.data.federated import Split
@@ -23,23 +23,10 @@ from fedkd.distill.objectives.base import Objective
 from fedkd.distill.targets import SampleTargets
 from fedkd.errors import RunError
 from fedkd.models.base import BlockNet
-from fedkd.models.book import load, to_arrays
-from fedkd.models.initial import initialise
+from fedkd.models.book import to_arrays
+from fedkd.models.head import make_head
 from fedkd.rng import Rng
 from fedkd.types import Arrays, kind_of, prefixed, select
-
-
-def make_head(size: int, hidden: int, classes: int, rng: Rng, weights: Arrays) -> BlockNet:
-    """Return a head ``R^size -> R^classes`` with ``hidden`` units (0: linear) and ``weights``.
-
-    Parameters that ``weights`` does not hold are drawn from ``rng``.
-    """
-    with torch.device("meta"):
-        first = nn.Sequential(nn.Linear(size, hidden), nn.ReLU()) if hidden else nn.Identity()
-        head = BlockNet({"hidden": first}, nn.Linear(hidden or size, classes))
-    initialise(head, rng)
-    load(head, weights)
-    return head
 
 
 class Weighted(Term):
@@ -52,9 +39,23 @@ class Weighted(Term):
 
     def __init__(self, term: Term, weights: Tensor) -> None:
         self.term, self.weights, self.weight = term, weights / weights.mean(), term.weight
+        self.teaches = term.teaches
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.term(batch) * self.weights[batch.index]
+
+    def compared(self, batch: Batch) -> Compared | None:
+        return self.term.compared(batch)
+
+    def placed(self, occasion: Occasion) -> Sequence[Term]:
+        inside = self.term.placed(occasion)
+        return [self if term is self.term else Weighted(term, self.weights) for term in inside]
+
+    def begins(self) -> None:
+        self.term.begins()
+
+    def keep(self, state: Arrays) -> None:
+        self.term.keep(state)
 
     def at(self) -> frozenset[str]:
         return self.term.at()

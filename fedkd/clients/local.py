@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count, islice
 from typing import ClassVar, Protocol, Self
 
@@ -20,6 +21,7 @@ from torch.autograd import grad
 
 from fedkd.clients.dp_sgd import DpSgd, Summands, poisson, private, rate_of, steps_of
 from fedkd.clients.lean import clipped, update_for
+from fedkd.clients.tally import Tally
 from fedkd.clients.training import Training, frozen
 from fedkd.data.federated import Split
 from fedkd.errors import ConfigError, RunError
@@ -47,16 +49,62 @@ class Batch:
     weights: dict[str, Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Occasion:
+    """One fit: which network learns from which data, and how fast.
+
+    ``state`` is the memory of the client whose fit it is, ``{}`` on a server; ``validation`` gives
+    examples of its own that nothing is trained on; None: there are none. ``rng`` is of this fit.
+    """
+
+    model: BlockNet
+    data: Split
+    lr: float
+    rng: Rng
+    state: Arrays = field(default_factory=dict)
+    validation: Callable[[], Split] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number of features of each block but the head, and of classes, under ``""``."""
+        self.model.eval()
+        with torch.no_grad():
+            names = self.model.block_names
+            logits, features = self.model.forward_with_features(self.data.x[:1], names)
+        return {"": logits.shape[-1]} | {n: features[n].shape[-1] for n in names}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a student says beside what it is taught, at the temperature of the targets.
+
+    ``student`` (B, C) logits, already divided by T, and ``teacher`` (B, C) probabilities, of those
+    examples or tokens that have a target; ``point`` is empty for the network's own output, else
+    ``@`` and the block whose features are read.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    point: str = ""
+
+
 class Term(ABC):
     """One summand of the local loss: ``weight * mean over the batch`` of what it returns.
 
     ``dp`` says how it behaves under example-level DP: ``per-example`` terms return one value an
     example, (B,), and may be clipped one by one; ``weights-only`` terms return a scalar that does
-    not depend on data; ``batch-coupled`` terms mix examples and are refused there.
+    not depend on data; ``batch-coupled`` terms mix examples and are refused there. ``teaches``:
+    it compares the network with soft targets, and says with which by :meth:`compared`.
     """
 
     dp: DpClass = "per-example"
     name: ClassVar[str] = "term"
+    teaches: bool = False
     weight: float
 
     @abstractmethod
@@ -75,6 +123,17 @@ class Term(ABC):
         """Return trainable modules of the term's own, such as heads beside the network."""
         return ()
 
+    def compared(self, batch: Batch) -> Compared | None:
+        """Return what ``batch`` is taught and what the network says; None unless it ``teaches``."""
+        return None
+
+    def placed(self, occasion: Occasion) -> Sequence[Term]:
+        """Get ready for a fit, and return the terms to train by: this one, and what it adds."""
+        return (self,)
+
+    def begins(self) -> None:  # noqa: B027
+        """Take note that a private step begins, which asks for losses in parts, or not at all."""
+
     def keep(self, state: Arrays) -> None:  # noqa: B027
         """Write into a client's memory what this term learned in a fit, for the next one's."""
 
@@ -92,7 +151,8 @@ class Term(ABC):
 class FitResult:
     """What one call of :func:`fit` did: steps, examples seen, mean loss by name of the term.
 
-    Terms of one name, such as the heads of several blocks, are averaged. ``private`` is what the
+    Terms of one name, such as the heads of several blocks, are averaged. ``agreement`` is how the
+    network and what it was taught agree, where that was measured. ``private`` is what the
     data paid under DP-SGD: (noise multiplier, sampling rate, steps).
     """
 
@@ -100,6 +160,7 @@ class FitResult:
     examples: int
     losses: dict[str, float] = field(default_factory=dict)
     private: tuple[float, float, int] | None = None
+    agreement: dict[str, float] = field(default_factory=dict)
 
 
 class Fitter(Protocol):
@@ -171,50 +232,12 @@ def fit(
             step = during.enter_context(
                 private(parts, parameters, training, lr, own, apart, dp, expected, rng)
             )
-            for x, y, index in poisson(data, training, rng):
+            for x, y, index in _told(poisson(data, training, rng), terms):
                 tally.add([step(x, y, index, training.max_grad_norm)], len(y), summed=True)
     # The loss of the last step says nothing about the weights that it left behind.
     sums, finite = _ending(tally, parameters)
     seen = tally.steps, tally.examples
     return finished(terms, training, lr, len(data), dp, *seen, sums, finite)
-
-
-class Tally:
-    """Sums of losses over examples: kept where they arise, and looked at once, at the end.
-
-    A look at a number waits for the device, and an addition costs a small network as much as a
-    layer. Every so often they are added up, so that a long fit does not hold all of them.
-    """
-
-    often = 512
-
-    def __init__(self) -> None:
-        self.steps = self.examples = 0
-        self._losses: list[Tensor] = []
-        self._sizes: list[int] = []
-        self._sums: Tensor | None = None
-
-    def add(self, losses: Sequence[Tensor], examples: int, summed: bool = False) -> None:
-        """Note a step: a mean over its examples of each term, or one tensor of sums (J,)."""
-        self.steps += 1
-        self.examples += examples
-        self._losses += losses
-        self._sizes.append(1 if summed else examples)
-        if len(self._sizes) == self.often:
-            self._fold()
-
-    def sums(self) -> Tensor:
-        """Return the sum over all examples of each term's loss (J,), float64 on the device."""
-        if self._sizes:
-            self._fold()
-        return torch.zeros(0, dtype=torch.float64) if self._sums is None else self._sums
-
-    def _fold(self) -> None:
-        found = torch.stack(self._losses).detach().double().view(len(self._sizes), -1)
-        sizes = torch.tensor(self._sizes, dtype=torch.float64, device=found.device)
-        sums = sizes @ found
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._losses, self._sizes = [], []
 
 
 def _plain_steps(
@@ -292,21 +315,22 @@ class Losses:
         self.at = frozenset().union(*(term.at() for term in terms))
 
     def __call__(self, x: Tensor, y: Tensor, index: Tensor) -> list[Tensor]:
-        batch = self._batch(x, y, index)
+        batch = self.batch(x, y, index)
         return [term(batch) for term in self.terms]
 
     def means(self, x: Tensor, y: Tensor, index: Tensor) -> list[Tensor]:
         """Return the mean over the batch of each term."""
         if not self.half:
-            batch = self._batch(x, y, index)
+            batch = self.batch(x, y, index)
             return [term.mean(batch) for term in self.terms]
         with torch.autocast(x.device.type, torch.bfloat16):
-            batch = self._batch(x, y, index)
+            batch = self.batch(x, y, index)
             batch.logits = batch.logits.float()
             batch.features = {at: found.float() for at, found in batch.features.items()}
             return [term.mean(batch).float() for term in self.terms]
 
-    def _batch(self, x: Tensor, y: Tensor, index: Tensor) -> Batch:
+    def batch(self, x: Tensor, y: Tensor, index: Tensor) -> Batch:
+        """Return the batch, with what the network says of it and what the terms read besides."""
         features: dict[str, Tensor] = {}
         if not y.shape[0]:
             logits = x.new_zeros(0, 0)
@@ -315,6 +339,14 @@ class Losses:
         else:
             logits = self.model(x)
         return Batch(x, y, index, logits, features)
+
+
+def _told(drawn: Drawn, terms: Sequence[Term]) -> Drawn:
+    """Yield batches, each a step, and tell the terms that it begins."""
+    for batch in drawn:
+        for term in terms:
+            term.begins()
+        yield batch
 
 
 def _summands(model: BlockNet, terms: Sequence[Term]) -> tuple[list[Term], Summands, Summands]:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkd.clients.client import ByNetworks, Predictor
+from fedkd.clients.guided import Guide, Led, led
 from fedkd.clients.heads import infer
-from fedkd.clients.local import Batch, Term
+from fedkd.clients.local import Batch, Compared, Term
 from fedkd.clients.stacked.modules import Joined, join
 from fedkd.clients.terms import Supervised, alike, row_mean, widened
-from fedkd.data.federated import Split
+from fedkd.data.federated import UNLABELLED, Split
 from fedkd.distill.not_true import not_true_divergence
 from fedkd.distill.objectives.base import Objective
 from fedkd.distill.objectives.kl import KullbackLeibler
@@ -45,6 +46,7 @@ class NotTrue(Term):
     """
 
     name = "not_true"
+    teaches = True
 
     def __init__(self, logits: Tensor, temperature: float, weight: float) -> None:
         self.logits, self.temperature, self.weight = logits, temperature, weight
@@ -52,6 +54,10 @@ class NotTrue(Term):
     def __call__(self, batch: Batch) -> Tensor:
         teacher = self.logits[batch.index]
         return not_true_divergence(batch.logits, teacher, batch.y, self.temperature)
+
+    def compared(self, batch: Batch) -> Compared:
+        teacher = functional.softmax(self.logits[batch.index] / self.temperature, dim=1)
+        return Compared(batch.logits / self.temperature, teacher)
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
@@ -64,6 +70,7 @@ class LogitMatch(Term):
     """Mean squared difference ``1/C ||z - z_teacher||^2`` to constant teacher logits (n, C)."""
 
     name = "distil"
+    teaches = True
 
     def __init__(self, logits: Tensor, weight: float) -> None:
         self.logits, self.weight = logits, weight
@@ -71,6 +78,11 @@ class LogitMatch(Term):
     def __call__(self, batch: Batch) -> Tensor:
         values = (batch.logits - self.logits[batch.index]).square().mean(-1)
         return values if values.dim() == 1 else row_mean(values, batch.y)
+
+    def compared(self, batch: Batch) -> Compared:
+        real = batch.y.flatten() != UNLABELLED
+        teacher = functional.softmax(self.logits[batch.index].flatten(0, -2)[real], dim=1)
+        return Compared(batch.logits.flatten(0, -2)[real], teacher)
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
@@ -156,18 +168,30 @@ class PeerSupervised(Term):
         return PeerSupervised(peer, terms[0].weight) if peer else None
 
 
-class FromPeer(Term):
+class FromPeer(Led):
     """The network learns from its peer: ``D(softmax(z_peer) || softmax(z))``, z_peer constant."""
 
     name = "distil"
+    teaches = True
 
-    def __init__(self, peer: Peer, weight: float, objective: Objective = PLAIN) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        weight: float,
+        objective: Objective = PLAIN,
+        guide: Guide | None = None,
+    ) -> None:
         self.peer, self.weight, self.objective = peer, weight, objective
         if objective.dp == "batch-coupled":
             self.dp = objective.dp
+        self.led_by(guide)
 
     def __call__(self, batch: Batch) -> Tensor:
-        return divergence(batch.logits, self.peer(batch)[0], batch.y, self.objective)
+        probs = spoken(self.peer(batch)[0])
+        return self.taught(self.objective, batch.logits, probs, 1.0, batch.y)
+
+    def compared(self, batch: Batch) -> Compared:
+        return Compared(batch.logits, spoken(self.peer(batch)[0]))
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
@@ -175,21 +199,29 @@ class FromPeer(Term):
         return FromPeer(peer, terms[0].weight, terms[0].objective) if peer else None
 
 
-class ToPeer(Term):
+class ToPeer(Led):
     """The peer learns from the network: ``D(softmax(z) || softmax(z_peer))``, z a constant."""
 
     name = "peer_distil"
 
-    def __init__(self, peer: Peer, weight: float, objective: Objective = PLAIN) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        weight: float,
+        objective: Objective = PLAIN,
+        guide: Guide | None = None,
+    ) -> None:
         self.peer, self.weight, self.objective = peer, weight, objective
         if objective.dp == "batch-coupled":
             self.dp = objective.dp
+        self.led_by(guide)
 
     def __call__(self, batch: Batch) -> Tensor:
-        return divergence(self.peer(batch)[0], batch.logits, batch.y, self.objective)
+        probs = spoken(batch.logits)
+        return self.taught(self.objective, self.peer(batch)[0], probs, 1.0, batch.y)
 
     def modules(self) -> Sequence[nn.Module]:
-        return (self.peer.net,)
+        return (self.peer.net, *super().modules())
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
@@ -229,15 +261,14 @@ def _joined(
     """Return the peers of several clients' terms as one; None: the terms or networks differ."""
     first, *others = [term.peer for term in terms]
     options = () if owner is PeerSupervised else ("objective", "dp")
-    if not alike(owner, terms, *options) or terms[0].dp == "batch-coupled":
+    if not alike(owner, terms, *options) or terms[0].dp == "batch-coupled" or led(terms):
         return None
     return first.join(others)
 
 
-def divergence(student: Tensor, teacher: Tensor, y: Tensor, objective: Objective = PLAIN) -> Tensor:
-    """Return ``D(softmax(z_teacher) || softmax(z_student))`` (B,) of logits, teacher constant."""
-    probs = functional.softmax(teacher.detach(), dim=1)
-    return objective(student, probs, 1.0, y if objective.labels else None)
+def spoken(logits: Tensor) -> Tensor:
+    """Return what a network teaches, a constant: the softmax (B, C) of its logits."""
+    return functional.softmax(logits.detach(), dim=1)
 
 
 class HiddenMatch(Term):
@@ -280,15 +311,20 @@ def mutual(
     other: tuple[float, float],
     divisor: TaskDivisor | None = None,
     objective: Objective = PLAIN,
+    guides: tuple[Guide | None, Guide | None] = (None, None),
 ) -> list[Term]:
     """Return the terms of mutual learning of a network (``own``) and its peer (``other``).
 
     Either pair is (weight of the labels, weight of the other's predictions); a term of weight 0 is
-    left out, so that a network that learns from labels only does so to the last bit.
+    left out, so that a network that learns from labels only does so to the last bit. ``guides``
+    lead what the network is taught by its peer, and what the peer is; not with a ``divisor``.
     """
     terms: list[Term] = [Supervised(own[0]), PeerSupervised(peer, other[0])]
     if divisor is None:
-        terms += [FromPeer(peer, own[1], objective), ToPeer(peer, other[1], objective)]
+        terms += [
+            FromPeer(peer, own[1], objective, guides[0]),
+            ToPeer(peer, other[1], objective, guides[1]),
+        ]
     else:
         terms += [
             AdaptiveFromPeer(peer, own[1], divisor),

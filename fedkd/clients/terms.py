@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkd.clients.local import Batch, Term
+from fedkd.clients.local import Batch, Compared, Occasion, Term
 from fedkd.clients.stacked.modules import join
 from fedkd.data.federated import UNLABELLED, Split
-from fedkd.distill.objectives.base import Objective, Temperature, squared
+from fedkd.distill.objectives.base import Inner, Objective, Temperature, divided, squared
 from fedkd.distill.targets import Targets, joined
-from fedkd.errors import RunError
+from fedkd.errors import RunError, unknown
 from fedkd.models.base import BlockNet
+from fedkd.models.book import to_arrays
+from fedkd.models.head import make_head
+from fedkd.types import Arrays, prefixed, select
 
 
 def row_mean(values: Tensor, y: Tensor) -> Tensor:
@@ -205,6 +208,7 @@ class Distil(Term):
     """
 
     name = "distil"
+    teaches = True
 
     def __init__(
         self,
@@ -225,16 +229,8 @@ class Distil(Term):
         self.counts = counts
 
     def __call__(self, batch: Batch) -> Tensor:
-        probs, mask = self.targets(batch.y, batch.index)
-        logits = batch.logits
-        if self.head is not None:
-            logits = widened(self.head(batch.features[self.block]))
-        given = self.temperature
-        temperature = given[batch.index] if isinstance(given, Tensor) else given
-        rows, y = logits.shape[:-1], batch.y.flatten()
-        if len(rows) == 2:
-            logits, probs = logits.flatten(0, 1), probs.flatten(0, 1)
-            temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
+        logits, probs, temperature, mask = self._rows(batch)
+        rows, y = batch.y.shape, batch.y.flatten()
         if self.dp == "batch-coupled":
             real = mask if len(rows) == 1 else y != UNLABELLED
             loss = self._among(logits, probs, temperature, y, real)
@@ -247,6 +243,32 @@ class Distil(Term):
         if len(rows) == 2:
             return row_mean(loss, batch.y)
         return torch.where(mask, loss, torch.zeros_like(loss))
+
+    def _rows(self, batch: Batch) -> tuple[Tensor, Tensor, Temperature, Tensor]:
+        """Return logits, targets and temperatures of examples or tokens, and who has a target."""
+        probs, mask = self.targets(batch.y, batch.index)
+        logits = batch.logits
+        if self.head is not None:
+            logits = widened(self.head(batch.features[self.block]))
+        given = self.temperature
+        temperature = given[batch.index] if isinstance(given, Tensor) else given
+        if logits.dim() == 3:
+            logits, probs = logits.flatten(0, 1), probs.flatten(0, 1)
+            temperature = temperature.flatten() if isinstance(temperature, Tensor) else temperature
+        return logits, probs, temperature, mask
+
+    def compared(self, batch: Batch) -> Compared:
+        logits, probs, temperature, mask = self._rows(batch)
+        real = mask if batch.y.dim() == 1 else batch.y.flatten() != UNLABELLED
+        at = temperature[real] if isinstance(temperature, Tensor) else temperature
+        point = f"@{self.block}" if self.head is not None else ""
+        return Compared(divided(logits[real], at), probs[real], point)
+
+    def placed(self, occasion: Occasion) -> Sequence[Term]:
+        inner = self.objective.inner()
+        if inner is None or self.head is not None:
+            return (self,)
+        return (self, *branches(self, inner, occasion))
 
     def loss(
         self, logits: Tensor, probs: Tensor, temperature: Temperature, labels: Tensor | None
@@ -312,3 +334,50 @@ def together(values: Sequence[float | Tensor | None]) -> float | Tensor | None:
     if tensors:
         return torch.cat(tensors) if len(tensors) == len(values) else None
     return values[0] if all(value == values[0] for value in values) else None
+
+
+class Branch(Distil):
+    """What a network is taught at an inner block, by a head that no one predicts with.
+
+    The head is kept in the client's memory from round to round; on a server it begins anew.
+    """
+
+    name = "branch"
+
+    def keep(self, state: Arrays) -> None:
+        if self.head is not None:
+            state.update(prefixed(f"branch/{self.block}", to_arrays(self.head)))
+
+    @classmethod
+    def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
+        return None
+
+
+def branches(owner: Distil, inner: Inner, occasion: Occasion) -> list[Term]:
+    """Return a term for each inner block of a network that is taught what its output is.
+
+    Raises:
+        ConfigError: the network has no block of a name.
+    """
+    known, sizes = occasion.model.block_names, occasion.sizes
+    found: list[Term] = []
+    for block in inner.blocks or known:
+        if block not in known:
+            raise unknown("block", block, known)
+        rng = occasion.rng.child("branch", block)
+        kept = select(occasion.state, f"branch/{block}")
+        head = make_head(sizes[block], inner.hidden, sizes[""], rng, kept).to(occasion.device)
+        found.append(
+            Branch(
+                inner.objective,
+                owner.targets,
+                owner.temperature,
+                owner.weight * inner.weight,
+                head,
+                block,
+                owner.rescale,
+                owner.counts,
+                owner.labelled,
+            )
+        )
+    return found

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from fedkd.clients.agreeing import agreement
 from fedkd.clients.chunk import rows_at_once
 from fedkd.clients.guided import Guide
 from fedkd.clients.guided import distil as taught_by
 from fedkd.clients.heads import Weighted
-from fedkd.clients.local import FitResult, Term, fit
+from fedkd.clients.local import FitResult, Occasion, Term, fit
 from fedkd.clients.training import Training
 from fedkd.data.federated import UNLABELLED, Split
 from fedkd.distill.fusion_rules import Fusion
-from fedkd.distill.objectives.base import Objective, Temperature
+from fedkd.distill.objectives.base import Objective, Temperature, divided
 from fedkd.distill.targets import SampleTargets
 from fedkd.errors import RunError
 from fedkd.models.base import BlockNet
 from fedkd.rng import Rng
+from fedkd.types import Metrics
 
 
 @contextmanager
@@ -87,6 +91,17 @@ class Ensemble:
             found = [self.logits(part) for part in x.split(rows_at_once(x))]
         return torch.cat(found, dim=1)
 
+    def each(self, x: Tensor, temperature: Temperature, answers: Tensor | None = None) -> Tensor:
+        """Return the soft targets of every teacher by itself, (K, n, C), as constants.
+
+        ``temperature`` and ``answers`` as in :meth:`targets`.
+        """
+        said = self.answers(x) if answers is None else answers
+        if self.weights is not None:
+            said = said * self.weights[:, None, None]
+        at = temperature.expand(said.shape[:-1]) if isinstance(temperature, Tensor) else temperature
+        return functional.softmax(divided(said, at), dim=-1).clone()
+
     def targets(
         self,
         x: Tensor,
@@ -141,6 +156,7 @@ def transfer(
     terms: Sequence[Term] = (),
     where: str = "strategy.server_lr",
     rescale: bool = True,
+    measure: bool = False,
 ) -> FitResult:
     """Teach ``student`` in place: ``mean_i w_i T^2 D(p_i || softmax(f(x_i) / T))`` plus ``terms``.
 
@@ -148,7 +164,7 @@ def transfer(
     each example; ``weights`` (n,) of examples with mean 1 (none: 1 for all). Without ``rescale``
     the factor T^2 is left out. ``labels`` (n,) are for ``terms``, and for objectives that read them
     if they are ``known`` to be true, as those that an input was made for; (n, L) of text say where
-    there is a token to learn.
+    there is a token to learn. With ``measure`` the result says how student and targets agree.
 
     Raises:
         RunError: the loss is not finite; the message names the option ``where``.
@@ -171,8 +187,19 @@ def transfer(
     if weights is not None and counts is None:
         distil = Weighted(distil, weights)
     try:
-        return fit(student, Split(x, y), [distil, *terms], training, training.lr, rng)
+        data = Split(x, y)
+        on = Occasion(student, data, training.lr, rng)
+        ready = [term for given in (distil, *terms) for term in given.placed(on)]
+        result = fit(student, data, ready, training, training.lr, rng)
     except RunError:
         raise RunError(
             f"distillation on the server diverged; lower {where} (now {training.lr:.4g})"
         ) from None
+    if not measure:
+        return result
+    return replace(result, agreement=agreement(student, Split(x, y), [distil]))
+
+
+def agreed(result: FitResult, label: str) -> Metrics:
+    """Name what was measured of a student: ``server/agreement/top1/<label>`` and so on."""
+    return {f"server/{name}/{label}": value for name, value in result.agreement.items()}

@@ -135,7 +135,9 @@ class ClientSide:
             raise
         self.desk.book(client)
         remember(context, client.state)
-        metrics: Reported = {f"fit|{key}": float(v) for key, v in update.metrics.items()}
+        metrics: Reported = {
+            f"fit|{key}": float(v) for key, v in (update.metrics | client.noted).items()
+        }
         if config["judge"]:
             metrics |= self.judged(client, "own", update.predictor, bool(config["global"]))
         metrics["num-examples"] = float(client.info.examples)

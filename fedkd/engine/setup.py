@@ -17,6 +17,8 @@ from fedkd.data.federated import Federation, Split
 from fedkd.data.partition import Partition, divide
 from fedkd.data.public import foreign_pool, take_public
 from fedkd.data.registries import partitions, sources
+from fedkd.distill.chosen import asks, chosen, named
+from fedkd.distill.objectives.base import objectives
 from fedkd.engine.planning import plan_for
 from fedkd.engine.planting import keep_back, planted
 from fedkd.engine.sinks.base import check as check_sinks
@@ -203,10 +205,10 @@ def prepare(experiment: Experiment) -> Prepared:
             f"strategy {experiment.strategy.name!r} exchanges knowledge by class, and a row of "
             f"text ({federation.task.name!r}) has none; use one of: {', '.join(able)}"
         )
-    chosen = experiment.clients.models or (experiment.model,)
+    wanted = experiment.clients.models or (experiment.model,)
     labels: list[str] = []
     specs: dict[str, tuple[str, dict[str, object]]] = {}
-    for component in chosen:
+    for component in wanted:
         spec = (component.name, component.options)
         same = [label for label, other in specs.items() if other == spec]
         label = same[0] if same else component.name
@@ -228,7 +230,11 @@ def prepare(experiment: Experiment) -> Prepared:
     )
     swing = swing_plan(experiment, strategy, setting)
     setting = with_pool(setting, swing, strategy)
-    problems = strategy.problems(setting)
+    problems = [
+        *strategy.problems(setting),
+        *_nobody_to_learn_from(experiment, federation, strategy),
+        *_branching_text(federation, strategy),
+    ]
     if strategy.needs_public() and public is None:
         problems = [
             f"strategy {experiment.strategy.name!r} needs a public pool, and there is none; set "
@@ -242,6 +248,34 @@ def prepare(experiment: Experiment) -> Prepared:
     return Prepared(
         experiment, federation, setting, strategy, device, plan, attendance, swing, canaries
     )
+
+
+def _nobody_to_learn_from(
+    experiment: Experiment, federation: Federation, strategy: Strategy
+) -> list[str]:
+    """Return why policies that learn from validation examples would not learn; nothing: they do."""
+    guided = getattr(strategy, "policies", None) or ()
+    asking = [named(policy) for policy in guided if asks(policy, "validation")]
+    if not asking or any(federation.sizes(k)["validation"] for k in range(federation.clients)):
+        return []
+    return [
+        f"strategy.policies = {asking[0]!r} learns from clients' validation examples, and with "
+        f"data.validation = {experiment.data.validation:g} no client has any; set data.validation "
+        "= 0.1 (a share of each client's training examples), or leave it out"
+    ]
+
+
+def _branching_text(federation: Federation, strategy: Strategy) -> list[str]:
+    """Return why inner blocks cannot be taught, if so: features of a text are means of tokens."""
+    asked = getattr(strategy, "objective", None)
+    if not federation.task.sequence or asked is None or named(asked) not in objectives.names():
+        return []
+    if chosen(asked).inner() is None:
+        return []
+    return [
+        f"strategy.objective = {named(asked)!r}: its branches read one row of features for each "
+        f"example, and text ({federation.task.name!r}) is taught token by token; leave branches out"
+    ]
 
 
 def attend(experiment: Experiment, strategy: Strategy, federation: Federation) -> Attendance:

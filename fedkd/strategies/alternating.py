@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import nn
 
 from fedkd.clients.guided import Guide
-from fedkd.clients.local import Term
+from fedkd.clients.local import FitResult, Term
 from fedkd.clients.synthesis import Answers, Samples, codes_for, sample, train_generator
 from fedkd.clients.training import Training
-from fedkd.clients.transfer import Ensemble, frozen, transfer
+from fedkd.clients.transfer import Ensemble, agreed, frozen, transfer
 from fedkd.distill.generator import Codes
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
@@ -131,8 +131,11 @@ class Alternating(DataFree):
                 if label not in bank:
                     made = self._samples(n, makers, labels, own.child("samples"))
                     bank[label] = made, ensemble.targets(made.x, self.temperature, made.y)
-                loss = self._teach(student, bank[label], n, learning[label], own, guides[label])
-                found[f"distil/{label}"] = loss
+                last = round_ == setting.rounds and first + steps == self.server_steps
+                by = self.listening(guides[label], ensemble, bank[label][0].x, self.temperature)
+                result = self._teach(student, bank[label], n, learning[label], own, by, last)
+                found[f"distil/{label}"] = result.losses["distil"]
+                losses |= {name: [value] for name, value in agreed(result, label).items()}
             for name, loss in found.items():
                 losses.setdefault(f"server/{name}", []).append(loss)
         means = {name: sum(values) / len(values) for name, values in losses.items()}
@@ -176,10 +179,11 @@ class Alternating(DataFree):
         training: Training,
         rng: Rng,
         guide: Guide | None,
-    ) -> float:
-        """Give a student its turn in place, one pass over the first n of a lot; return its loss."""
+        last: bool,
+    ) -> FitResult:
+        """Give a student its turn in place, one pass over the first n of a lot."""
         made, probs = lot
-        result = transfer(
+        return transfer(
             student,
             made.x[:n],
             probs[:n],
@@ -190,5 +194,5 @@ class Alternating(DataFree):
             labels=made.y[:n],
             known=True,
             guide=guide,
+            measure=last,
         )
-        return result.losses["distil"]

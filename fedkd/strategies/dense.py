@@ -28,7 +28,7 @@ from fedkd.clients.synthesis import (
     joined,
     train_generator,
 )
-from fedkd.clients.transfer import Ensemble, frozen, transfer
+from fedkd.clients.transfer import Ensemble, agreed, frozen, transfer
 from fedkd.models.base import BlockNet
 from fedkd.options import Count, NonNegative, Positive, options
 from fedkd.privacy.payload import Payload
@@ -169,7 +169,8 @@ class Dense(DataFree):
                 key = f"server/generator/{name}"
                 metrics[key] = metrics.get(key, 0.0) + value / self.synthesis_epochs
             lesson = self.lesson(joined(bank), ensemble, epoch, setting, rng.child("lesson"))
-            metrics.update(self.teach(students, lesson, ensemble, epoch, rng, guides))
+            last = round_ == setting.rounds and epoch == self.synthesis_epochs - 1
+            metrics.update(self.teach(students, lesson, ensemble, epoch, rng, guides, last))
         return {}, metrics
 
     def best_batch(
@@ -215,8 +216,12 @@ class Dense(DataFree):
         epoch: int,
         rng: Rng,
         guides: Mapping[str, Guide | None],
+        last: bool = False,
     ) -> Metrics:
-        """Take this epoch's share of ``server_steps`` steps on the samples of a ``lesson``."""
+        """Take this epoch's share of ``server_steps`` steps on the samples of a ``lesson``.
+
+        ``last``: there are no further ones in the run, so that it is said how students agree.
+        """
         ends = [self.server_steps * e // self.synthesis_epochs for e in (epoch, epoch + 1)]
         steps = ends[1] - ends[0]
         if not steps:
@@ -234,9 +239,13 @@ class Dense(DataFree):
                 rng=rng.child("distil", label),
                 labels=lesson.y,
                 known=True,
-                guide=guides[label],
+                guide=self.listening(
+                    guides[label], ensemble, lesson.x, self.temperature, lesson.answers
+                ),
+                measure=last,
             )
             metrics[f"server/distil/{label}"] = result.losses["distil"]
+            metrics |= agreed(result, label)
         return metrics
 
     def matched(

@@ -18,7 +18,7 @@ from fedkd.clients.synthesis import (
     sample,
     train_generator,
 )
-from fedkd.clients.transfer import Ensemble, transfer
+from fedkd.clients.transfer import Ensemble, agreed, transfer
 from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
@@ -128,10 +128,12 @@ class FedDF(DataFree):
                 weights=None if swing is None else swing.weights,
                 labels=known if setting.task.sequence else labels,
                 known=labels is not None,
-                guide=self.guide(round_, setting),
+                guide=self.listening(self.guide(round_, setting), ensemble, x, at),
                 training=self.student_training(),
                 rng=self.stream(setting, round_, "distil", label),
+                measure=round_ == setting.rounds,
             )
+            metrics |= agreed(result, label)
             metrics[f"server/distil/{label}"] = sum(result.losses.values())
         return kept, metrics
 

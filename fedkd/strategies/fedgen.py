@@ -16,6 +16,7 @@ from pydantic import Field
 
 from fedkd.clients.client import Client, Update
 from fedkd.clients.generated_terms import Generated, GeneratedTargets, feature_shape, reader
+from fedkd.clients.guided import guide_of
 from fedkd.clients.local import FitResult, Term
 from fedkd.clients.synthesis import (
     Answers,
@@ -28,7 +29,7 @@ from fedkd.clients.synthesis import (
 from fedkd.clients.terms import Supervised
 from fedkd.clients.training import Training
 from fedkd.clients.transfer import Ensemble
-from fedkd.distill.chosen import Chosen, chosen, mixing, problems_of
+from fedkd.distill.chosen import Chosen, ChosenPolicies, chosen, mixing, problems_of
 from fedkd.distill.fusion_rules import MeanLogits, label_shares
 from fedkd.distill.generator import feature_generator, filled
 from fedkd.models.base import HEAD, BlockNet
@@ -73,6 +74,9 @@ class FedGen(ModelAveraging):
         NonNegative, Field(description="weight of generated targets, of their code only; 0: none")
     ] = 0.0
     objective: Annotated[Chosen, Field(description="how generated targets are learned")] = "kl"
+    policies: Annotated[
+        ChosenPolicies, Field(description="target policies, one after another, see fedkd list")
+    ] = None
     decay: Annotated[Ratio, Field(description="factor on alpha and beta a round")] = 0.98
     gen_batch_size: Annotated[Count, Field(description="generated features a local step")] = 32
     fidelity: Annotated[
@@ -96,10 +100,17 @@ class FedGen(ModelAveraging):
         return LayerSchedule.always(blocks if self.share == "model" else (HEAD,))
 
     def coupled(self) -> list[str]:
-        return [*super().coupled(), *(mixing(self.objective) if self.beta else [])]
+        found = mixing(self.objective, guided=self.policies) if self.beta else []
+        return [*super().coupled(), *found]
 
     def problems(self, setting: Setting) -> list[str]:
-        found = super().problems(setting) + problems_of(self.objective)
+        found = super().problems(setting)
+        found += problems_of(self.objective, guided=self.policies, offers=())
+        if self.policies and not self.beta:
+            found.append(
+                "strategy.policies change generated targets, but strategy.beta = 0: there are none;"
+                " set strategy.beta above 0, or leave strategy.policies out"
+            )
         for label in setting.book.labels if self.active and not found else ():
             if not _readable(setting.book, label):
                 found.append(
@@ -162,6 +173,7 @@ class FedGen(ModelAveraging):
                     noise=self.noise,
                     rng=rng.child("targets"),
                     weight=self.beta * faded,
+                    guide=guide_of(self.policies, client),
                 )
             )
         return terms

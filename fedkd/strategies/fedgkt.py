@@ -21,7 +21,7 @@ from fedkd.clients.heads import make_head, soften
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Supervised
 from fedkd.clients.training import Training
-from fedkd.clients.transfer import transfer
+from fedkd.clients.transfer import agreed, transfer
 from fedkd.distill.chosen import Chosen, ChosenPolicies, chosen, mixing, problems_of
 from fedkd.distill.targets import SampleTargets
 from fedkd.errors import nearest
@@ -177,12 +177,14 @@ class FedGkt(Strategy):
             rng=stream(setting.seed, "fedgkt", "server", round_),
             labels=_stacked(said, "features/labels", device).long(),
             terms=[Supervised(self.server_alpha)] if self.server_alpha else [],
+            measure=round_ == setting.rounds,
         )
         state = {**state, **prefixed("model", to_arrays(server))}
         # Answers that nobody is sent are not worth keeping.
         for k, features in hidden.items() if self.alpha else ():
             state[f"logits/{k}"] = _outputs(server, features)
-        return state, {f"server_loss/{name}": loss for name, loss in result.losses.items()}
+        losses = {f"server_loss/{name}": loss for name, loss in result.losses.items()}
+        return state, losses | agreed(result, "server")
 
     def predictor(self, client: Client, received: Arrays) -> Predictor:
         edge = self._edge(client).eval()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from fedkd.clients.class_terms import FeatureMatch, HeadOnClasses, head_inputs
 from fedkd.clients.client import Client, Update, personal
+from fedkd.clients.guided import guide_of
 from fedkd.clients.heads import infer, soften
 from fedkd.clients.local import Term
 from fedkd.clients.terms import Supervised
-from fedkd.distill.chosen import Chosen, chosen, problems_of
+from fedkd.distill.chosen import Chosen, ChosenPolicies, chosen, learns, named, problems_of
 from fedkd.models.base import HEAD, BlockNet
 from fedkd.options import NonNegative, Positive, options
 from fedkd.privacy.payload import Payload, Table
@@ -49,6 +51,9 @@ class FedHKD(ModelAveraging):
         NonNegative, Field(description="weight of the distance to global features")
     ] = 0.05
     objective: Annotated[Chosen, Field(description="distillation objective, see fedkd list")] = "kl"
+    policies: Annotated[
+        ChosenPolicies, Field(description="target policies, one after another, see fedkd list")
+    ] = None
     temperature: Annotated[Positive, Field(description="T of the soft predictions")] = 0.5
     label_weighting: Annotated[
         Literal["uniform", "examples"],
@@ -57,7 +62,20 @@ class FedHKD(ModelAveraging):
 
     def problems(self, setting: Setting) -> list[str]:
         found = super().problems(setting)
-        return found + problems_of(self.objective)
+        return found + problems_of(self.objective, guided=self.policies, offers=())
+
+    def coupled(self) -> list[str]:
+        # What policies make of classes mixes no examples; only what is trained gets their noise.
+        trained = [p for p in self.policies or () if self.lam and learns(p)]
+        return [
+            *super().coupled(),
+            *(
+                f"strategy.policies = {named(p)!r} is trained along "
+                "with the network, so it would get noise that hides nobody; use 'temperature', or "
+                "privacy.unit = 'client'"
+                for p in trained
+            ),
+        ]
 
     def fields(self) -> tuple[str, ...]:
         """Return what travels by class: features, and soft predictions where ``lam`` is not 0."""
@@ -84,7 +102,18 @@ class FedHKD(ModelAveraging):
             )
             inputs = head_inputs(model, client.task, features)
             objective, head = chosen(self.objective), model.get_submodule(HEAD)
-            terms.append(HeadOnClasses(head, inputs, probs, objective, self.temperature, self.lam))
+            labels = torch.from_numpy(taught["labels"].astype(np.int64)).to(client.device)
+            term = HeadOnClasses(
+                head,
+                inputs,
+                probs,
+                objective,
+                self.temperature,
+                self.lam,
+                guide=guide_of(self.policies, client),
+                labels=labels,
+            )
+            terms.append(term)
         if self.gamma:
             known = targets(taught, "features", client.task.classes, client.device)
             terms.append(FeatureMatch(known, model.block_names[-1], self.gamma))

@@ -7,11 +7,12 @@ from typing import Annotated
 from pydantic import Field
 
 from fedkd.clients.client import Client
+from fedkd.clients.guided import distil, guide_of
 from fedkd.clients.heads import soften
 from fedkd.clients.local import Term
 from fedkd.clients.teacher_terms import NotTrue, teacher_logits
-from fedkd.clients.terms import Distil, Supervised
-from fedkd.distill.chosen import Chosen, chosen, mixing, problems_of
+from fedkd.clients.terms import Supervised
+from fedkd.distill.chosen import Chosen, ChosenPolicies, chosen, mixing, problems_of
 from fedkd.distill.targets import SampleTargets
 from fedkd.models.base import BlockNet
 from fedkd.options import NonNegative, Positive, options
@@ -42,12 +43,16 @@ class FedNTD(ModelAveraging):
     objective: Annotated[
         Chosen, Field(description="distillation objective; another than ntd is another method")
     ] = "ntd"
+    policies: Annotated[
+        ChosenPolicies, Field(description="target policies, one after another, see fedkd list")
+    ] = None
 
     def coupled(self) -> list[str]:
-        return [*super().coupled(), *(mixing(self.objective) if self.beta else [])]
+        found = mixing(self.objective, guided=self.policies) if self.beta else []
+        return [*super().coupled(), *found]
 
     def problems(self, setting: Setting) -> list[str]:
-        found = super().problems(setting) + problems_of(self.objective)
+        found = super().problems(setting) + problems_of(self.objective, guided=self.policies)
         if self.beta and self.objective == "ntd" and setting.task.classes < 3:
             found.append(
                 f"fedntd compares the classes that an example is not, but task "
@@ -61,9 +66,11 @@ class FedNTD(ModelAveraging):
         if self.beta and len(client.data.train):
             # The model is still the one received: asked now, it is the teacher of the whole round.
             logits = teacher_logits(model, client.data.train)
-            if self.objective == "ntd":
+            by = guide_of(self.policies, client)
+            if self.objective == "ntd" and by is None:
                 # Of logits as they are: a class of which the teacher is sure hides no others.
                 return [*terms, NotTrue(logits, self.tau, self.beta)]
             targets = SampleTargets(soften(logits, self.tau))
-            terms.append(Distil(chosen(self.objective), targets, self.tau, self.beta))
+            objective = chosen(self.objective)
+            terms.append(distil(objective, targets, self.tau, self.beta, guide=by))
         return terms

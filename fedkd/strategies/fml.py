@@ -7,8 +7,9 @@ from typing import Annotated
 from pydantic import Field
 
 from fedkd.clients.client import Client, Predictor, Update
+from fedkd.clients.guided import guide_of
 from fedkd.clients.teacher_terms import Peer, mutual, together
-from fedkd.distill.chosen import Chosen, chosen, mixing, problems_of
+from fedkd.distill.chosen import Chosen, ChosenPolicies, chosen, mixing, problems_of
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
 from fedkd.options import Fraction, options
@@ -44,9 +45,12 @@ class FML(ModelAveraging):
     objective: Annotated[
         Chosen, Field(description="what each learns from the other by, see fedkd list")
     ] = "kl"
+    policies: Annotated[
+        ChosenPolicies, Field(description="target policies, one after another, see fedkd list")
+    ] = None
 
     def problems(self, setting: Setting) -> list[str]:
-        found = problems_of(self.objective)
+        found = problems_of(self.objective, guided=self.policies, offers=())
         if not self.alpha and not self.beta:
             found.append(
                 "strategy.alpha = strategy.beta = 0: neither network would ever see a label; set "
@@ -55,7 +59,7 @@ class FML(ModelAveraging):
         return found
 
     def coupled(self) -> list[str]:
-        return [*super().coupled(), *mixing(self.objective)]
+        return [*super().coupled(), *mixing(self.objective, guided=self.policies)]
 
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         return prefixed("model", select(state, "model"))
@@ -63,7 +67,13 @@ class FML(ModelAveraging):
     def local_update(self, client: Client, received: Arrays) -> Update:
         own, meme = self._networks(client, received)
         own_weights, meme_weights = (self.alpha, 1 - self.alpha), (self.beta, 1 - self.beta)
-        terms = mutual(Peer(meme), own_weights, meme_weights, objective=chosen(self.objective))
+        # Either direction has policies of its own: they learn from other losses.
+        guides = (
+            guide_of(self.policies, client, place="policies/personal"),
+            guide_of(self.policies, client, place="policies/meme"),
+        )
+        objective = chosen(self.objective)
+        terms = mutual(Peer(meme), own_weights, meme_weights, objective=objective, guides=guides)
         result = client.fit(own, terms)
         client.state.update(prefixed("personal", to_arrays(own)))
         arrays = prefixed("model", to_arrays(meme))

@@ -12,13 +12,14 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from fedkd.clients.guided import Guide, guide
 from fedkd.clients.training import Training
 from fedkd.clients.transfer import Ensemble
 from fedkd.distill.chosen import Chosen, ChosenPolicies, chosen, problems_of, retempering
 from fedkd.distill.fusion_rules import fusions, label_shares
-from fedkd.distill.objectives.base import Objective
+from fedkd.distill.objectives.base import Objective, Temperature
 from fedkd.errors import ConfigError
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
@@ -65,7 +66,9 @@ class ServerDistillation(GroupedAveraging):
             found.append(f"strategy.fusion: {error}")
         if setting.swing is not None:
             found += retempering(self.policies)
-        return found + problems_of(self.objective, guided=self.policies)
+        return found + problems_of(
+            self.objective, guided=self.policies, offers=frozenset({"branches", "teachers"})
+        )
 
     def alone(self, setting: Setting) -> list[str]:
         if not self.server_steps:
@@ -83,6 +86,19 @@ class ServerDistillation(GroupedAveraging):
         """Return the policies of a fit in a round; they begin anew in each."""
         steps = self.server_steps if steps is None else steps
         return guide(self.policies, round_, setting.rounds, steps, device=setting.device)
+
+    def listening(
+        self,
+        by: Guide | None,
+        ensemble: Ensemble,
+        x: Tensor,
+        at: Temperature,
+        answers: Tensor | None = None,
+    ) -> Guide | None:
+        """Return a guide that knows what each teacher says of inputs x, where a policy asks."""
+        if by is not None and "teachers" in by.needs:
+            by.teachers = ensemble.each(x, at, answers)
+        return by
 
     def student_training(self, steps: int | None = None) -> Training:
         """Return how the student is trained."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +16,20 @@ from fedkd.types import DpClass
 
 Temperature = float | Tensor
 """One temperature for all examples, or a tensor (B,) of one for each."""
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Branches at inner blocks: by an objective, ``weight`` times what the output counts.
+
+    ``blocks`` of the student (empty: all but the head); each has a head of ``hidden`` units on its
+    pooled features (0: linear).
+    """
+
+    objective: Objective
+    blocks: tuple[str, ...]
+    weight: float
+    hidden: int
 
 
 class Objective(ABC):
@@ -37,6 +52,8 @@ class Objective(ABC):
     ``scaled``: whether the factor T^2 is in its values that keeps gradients comparable over T
     (Hinton, Vinyals and Dean 2015, section 2; see :func:`squared`).
 
+    ``twice``: whether its gradient can be differentiated again, by policies that look a step ahead.
+
     ``source`` is its paper; ``evidence`` says what of it was read: the ``paper``, its authors'
     ``code``, or neither in full (``reconstruction``).
     """
@@ -44,8 +61,13 @@ class Objective(ABC):
     dp: DpClass = "per-example"
     labels: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
+    twice: ClassVar[bool] = True
     source: ClassVar[str] = ""
     evidence: ClassVar[Literal["paper", "code", "reconstruction"]] = "paper"
+
+    def inner(self) -> Inner | None:
+        """Return how inner blocks of the student are taught as well; None: they are not."""
+        return None
 
     @abstractmethod
     def __call__(

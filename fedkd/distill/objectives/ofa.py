@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkd.distill.objectives.base import (
+    Inner,
     Objective,
     Temperature,
     divided,
@@ -17,7 +18,7 @@ from fedkd.distill.objectives.base import (
     objectives,
     squared,
 )
-from fedkd.options import Positive, options
+from fedkd.options import Names, NotNegative, Positive, options
 
 
 @objectives.register("ofa")
@@ -35,6 +36,13 @@ class EnhancedTarget(Objective):
     target is what is expected then: ``b ((p_y + 1)^gamma - 1) + (1 - b) p_y^gamma``. The belief
     stands outside the power, since ``(p_y + b)^gamma - b`` is below 0 for an unsure teacher, and
     would push the student away from what it holds likeliest.
+
+    With ``branches`` inner blocks of the student are taught the same, each by a head of its own
+    that nobody predicts with: the sum over them of ``branch_weight`` times the loss of the head's
+    logits, at ``branch_gamma``. The authors' heads are convolutions or transformer blocks down to
+    the last stage's width; here they are perceptrons on pooled features, so that any student has
+    them: this part is a reconstruction. They go on from round to round on a client, and begin anew
+    on a server. A network that is taught at a block already, as FedD2S's cuts, gets none there.
     """
 
     source = "Hao et al., One-for-All, NeurIPS 2023, arXiv:2310.19444; the authors' code"
@@ -44,6 +52,23 @@ class EnhancedTarget(Objective):
     gamma: Annotated[
         Positive, Field(description="how much the true class's target is lifted; 1 is soft-ce")
     ] = 1.5
+    branches: Annotated[
+        Names, Field(description="inner blocks that are taught as well, or all; empty: none")
+    ] = ()
+    branch_weight: Annotated[Positive, Field(description="weight of each branch")] = 1.0
+    branch_gamma: Annotated[
+        Positive | None, Field(description="gamma of the branches; none: that of the output")
+    ] = None
+    branch_hidden: Annotated[
+        NotNegative, Field(description="hidden units of a branch's head; 0: linear")
+    ] = 64
+
+    def inner(self) -> Inner | None:
+        if not self.branches:
+            return None
+        blocks = () if self.branches == ("all",) else tuple(self.branches)
+        taught = EnhancedTarget(gamma=self.branch_gamma or self.gamma)
+        return Inner(taught, blocks, self.branch_weight, self.branch_hidden)
 
     def __call__(
         self,

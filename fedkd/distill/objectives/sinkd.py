@@ -39,6 +39,7 @@ class Sinkhorn(Objective):
     """
 
     dp = "batch-coupled"
+    twice = False
     source = "Cui et al., SinKD, LREC-COLING 2024, arXiv:2402.17110; the authors' code"
     evidence = "code"
 
