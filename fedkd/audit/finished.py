@@ -21,7 +21,8 @@ from fedkd.engine.setup import Prepared, prepare
 from fedkd.errors import ConfigError, DataError
 from fedkd.models.base import BlockNet
 from fedkd.privacy.canaries.draw import CanarySet, enumerate_space
-from fedkd.types import Arrays
+from fedkd.strategies.reinforcement import Packing, unpacked
+from fedkd.types import Arrays, select
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +185,7 @@ class Finished:
         setting = self.prepared.setting
         known = {name for label in setting.book.labels for name in setting.book.initial(label)}
         parts = []
+        sent = self._by_class(sent)
         for key in sorted(sent):
             value = sent[key]
             if value.dtype.kind != "f" or not known.isdisjoint(key.split("/")):
@@ -196,3 +198,14 @@ class Finished:
                 value = whole
             parts.append(value.astype(np.float64).ravel())
         return parts
+
+    def _by_class(self, sent: Arrays) -> Arrays:
+        """Return what is sent, lists of the likeliest classes as soft labels of all classes."""
+        packed = {k.removesuffix("/values") for k in sent if k.endswith("/values")}
+        packed = {place for place in packed if f"{place}/ids" in sent}
+        if not packed:
+            return sent
+        classes = self.prepared.setting.task.classes
+        rest = getattr(self.prepared.strategy, "packing", Packing())
+        found = {k: v for k, v in sent.items() if k.rpartition("/")[0] not in packed}
+        return found | {p: rest.dense(unpacked(select(sent, p), classes)) for p in packed}

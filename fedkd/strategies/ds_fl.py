@@ -17,8 +17,8 @@ from fedkd.clients.local import Term
 from fedkd.clients.swing_targets import Softening, softening
 from fedkd.clients.teacher_terms import together
 from fedkd.clients.training import Training
-from fedkd.clients.transfer import transfer
-from fedkd.distill.chosen import Chosen, chosen, problems_of
+from fedkd.clients.transfer import agreed, transfer
+from fedkd.distill.chosen import OFFERED, Chosen, chosen, problems_of
 from fedkd.distill.fusion_rules import Fusion
 from fedkd.distill.targets import SampleTargets
 from fedkd.models.book import to_arrays
@@ -79,7 +79,9 @@ class DsFl(PublicExchange):
 
     def problems(self, setting: Setting) -> list[str]:
         found = super().problems(setting)
-        return found + problems_of(self.objective, guided=self.policies)
+        # The server's own network learns from the pool, too, and has no validation examples.
+        offers = OFFERED - {"validation"} if self.server_epochs else OFFERED
+        return found + problems_of(self.objective, guided=self.policies, offers=offers)
 
     def init(self, setting: Setting, rng: Rng) -> Arrays:
         if not self.server_epochs:
@@ -154,8 +156,10 @@ class DsFl(PublicExchange):
             training=training,
             rng=stream(setting.seed, "server", "distil", round_),
             guide=by,
+            measure=round_ == setting.rounds,
         )
         metrics["loss/server"] = sum(result.losses.values())
+        metrics |= agreed(result, setting.book.labels[0])
         return {**state, **prefixed("model", to_arrays(student))}, metrics
 
     def predictor(self, client: Client, received: Arrays) -> Predictor:

@@ -16,17 +16,19 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from fedkd.clients.chunk import CHUNK
 from fedkd.clients.client import Client, Predictor, Update, personal
 from fedkd.clients.guided import Guide, guide_of
-from fedkd.clients.local import Batch, Term
+from fedkd.clients.local import Batch, Compared, Term
 from fedkd.clients.swing_targets import Softening, softening
 from fedkd.clients.terms import Supervised, alike
 from fedkd.clients.training import Training
 from fedkd.data.federated import Split
-from fedkd.distill.chosen import ChosenPolicies, retempering
+from fedkd.distill.chosen import ChosenPolicies, asks, mixing, retempering
 from fedkd.distill.fusion_rules import Fusion, fusions, label_shares
+from fedkd.distill.soft_store import Precision, Rest
 from fedkd.errors import ConfigError, RunError
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
@@ -37,10 +39,12 @@ from fedkd.strategies.averaging import loss_metrics
 from fedkd.strategies.base import Setting, Strategy
 from fedkd.strategies.data_free import COUNTS, label_counts_of
 from fedkd.strategies.expected import Expected
-from fedkd.types import Arrays, ClientInfo, Metrics, Upload, prefixed, select
+from fedkd.strategies.reinforcement import Packing
+from fedkd.types import Arrays, ClientInfo, Metrics, Upload, kind_of, prefixed, select
 
 CONSENSUS = "consensus/scores"
 CONSENSUS_ROUND = "consensus/round"
+PACKED = "consensus/top"
 
 
 @options
@@ -54,6 +58,9 @@ class PublicExchange(Strategy):
 
     Under swing distillation every public example has its own temperature, and the server adds noise
     to the consensus before anybody, its own network included, learns from it.
+
+    With ``top_k`` only the likeliest classes of each example travel to the clients; with
+    ``cached_rounds`` they keep what they got and digest it again with what they get later.
     """
 
     mixed = True
@@ -79,6 +86,20 @@ class PublicExchange(Strategy):
 
     policies: Annotated[
         ChosenPolicies, Field(description="target policies, one after another, see fedkd list")
+    ] = None
+    top_k: Annotated[
+        Count | None,
+        Field(description="likeliest classes of the consensus that are sent; none: all"),
+    ] = None
+    top_type: Annotated[
+        Precision | None, Field(description="what their probabilities are sent in; none: float16")
+    ] = None
+    top_rest: Annotated[
+        Rest | None, Field(description="how the other classes are filled in; none: smooth")
+    ] = None
+    cached_rounds: Annotated[
+        Count | None,
+        Field(description="rounds in which clients learn again from what they got; none: never"),
     ] = None
 
     @abstractmethod
@@ -120,14 +141,29 @@ class PublicExchange(Strategy):
             found.append(f"strategy.fusion: {error}")
         if setting.swing is not None:
             found += retempering(self.policies)
-        return found
+        logits = kind_of(self.down()) == "logits"
+        scores = "strategy.digest_loss compares logits as they are" if logits else ""
+        return found + self.packing.problems(setting.task.classes, scores)
+
+    @property
+    def packing(self) -> Packing:
+        """How the consensus travels, and how long clients keep it."""
+        return Packing(self.top_k, self.top_type, self.top_rest, self.cached_rounds)
+
+    def coupled(self) -> list[str]:  # Public examples may be mixed; validation ones are private.
+        private = [p for p in self.policies or () if self.digest_epochs and asks(p, "validation")]
+        return [*super().coupled(), *mixing("kl", guided=private)]
 
     def init(self, setting: Setting, rng: Rng) -> Arrays:
         return {}
 
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         scored = CONSENSUS_ROUND in state and int(state[CONSENSUS_ROUND][0]) == round_
-        return {self.down(): state[CONSENSUS]} if scored and self.digest_epochs else {}
+        if not (scored and self.digest_epochs):
+            return {}
+        if self.top_k is None:
+            return {self.down(): state[CONSENSUS]}
+        return prefixed(self.down(), select(state, PACKED))
 
     def judging(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         return {}
@@ -151,12 +187,10 @@ class PublicExchange(Strategy):
         Raises:
             RunError: the loss is not finite.
         """
-        if self.down() not in received:
+        heard = self.heard(client, received)
+        if heard is None:
             return {}
-        consensus = torch.tensor(received[self.down()], device=client.device)
-        pool = _pool(client.public)
-        data = part(pool, self.subset, client.seed, client.round)
-        index = positions(len(pool), self.subset, client.seed, client.round)
+        consensus, index, data = heard
         swing = softening(
             client.swing, client.public_temperatures, index, noise=False, device=client.device
         )
@@ -171,6 +205,31 @@ class PublicExchange(Strategy):
                 f"{training.lr:.4g})"
             ) from None
         return {"loss/digest": sum(result.losses.values())}
+
+    def heard(self, client: Client, received: Arrays) -> tuple[Tensor, Tensor | None, Split] | None:
+        """Return what a client learns: a consensus (n, C), where in the pool (n,), the examples.
+
+        What it was sent in this round, and what it keeps of earlier ones; None: neither.
+        """
+        sent = received.get(self.down())
+        if sent is None and self.top_k is None and self.cached_rounds is None:
+            return None
+        pool, mine = _pool(client.public), (client.seed, client.round)
+        index = positions(len(pool), self.subset, *mine)
+        if sent is not None and self.cached_rounds is None:
+            consensus = torch.tensor(sent, device=client.device)
+            return consensus, index, part(pool, self.subset, *mine)
+        at = np.arange(len(pool)) if index is None else index.numpy()
+        packing, classes = self.packing, client.task.classes
+        arrays = select(received, self.down()) if sent is None else packing.packed(sent)
+        found = packing.heard(client.state, arrays, at, client.round, classes)
+        if found is None:
+            return None
+        consensus = torch.from_numpy(packing.dense(found.store)).to(client.device)
+        if np.array_equal(found.at, at):
+            return consensus, index, part(pool, self.subset, *mine)
+        index = torch.from_numpy(found.at.astype(np.int64))
+        return consensus, index, rows_of(pool, index)
 
     def digesting(self, training: Training) -> Training:
         """Return how the consensus is digested: as private data, where no option says otherwise."""
@@ -218,6 +277,8 @@ class PublicExchange(Strategy):
             CONSENSUS: consensus.numpy(),
             CONSENSUS_ROUND: np.array([round_ + 1], dtype=np.int64),
         }
+        if self.top_k is not None and self.digest_epochs:
+            kept |= prefixed(PACKED, self.packing.packed(consensus.numpy()))
         return {**state, **kept}, _described(self.probs(consensus), labels)
 
     def declare(
@@ -278,6 +339,7 @@ class MatchScores(Term):
     """
 
     name = "digest"
+    teaches = True
 
     def __init__(self, scores: Tensor, squared: bool = False, weight: float = 1.0) -> None:
         self.scores, self.squared, self.weight = scores, squared, weight
@@ -285,6 +347,9 @@ class MatchScores(Term):
     def __call__(self, batch: Batch) -> Tensor:
         gap = batch.logits - self.scores[batch.index]
         return (gap.square() if self.squared else gap.abs()).mean(1)
+
+    def compared(self, batch: Batch) -> Compared:
+        return Compared(batch.logits, functional.softmax(self.scores[batch.index], dim=1))
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:
@@ -302,8 +367,11 @@ def part(pool: Split, size: int, seed: int, round_: int) -> Split:
     made once for all clients. Two are kept, that which is digested and that which is scored.
     """
     index = positions(len(pool), size, seed, round_)
-    if index is None:
-        return pool
+    return pool if index is None else rows_of(pool, index)
+
+
+def rows_of(pool: Split, index: Tensor) -> Split:
+    """Return the examples of a pool at ``index`` (n,)."""
     chosen = index.to(pool.y.device)
     return Split(pool.x.index_select(0, chosen), pool.y.index_select(0, chosen))
 
