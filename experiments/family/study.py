@@ -70,6 +70,7 @@ METHODS: dict[str, tuple[Changes, dict[str, list[Any]]]] = {
     "fedhkd": ({"strategy": "fedhkd"}, {"strategy.gamma": [0.05, 0.5]}),
     "fedmd": ({"strategy": "fedmd"}, {"strategy.digest_epochs": [1, 3]}),
     "ds-fl": ({"strategy": "ds-fl"}, {"strategy.era_temperature": [0.1, 0.5]}),
+    "dho": ({"strategy": "dho"}, {"strategy.lam": [0.5, 0.8]}),
     "fedgkt": ({"strategy": "fedgkt"}, {"strategy.alpha": [0.3, 1.0]}),
     "fedcache": ({"strategy": "fedcache"}, {"strategy.beta": [0.5, 1.5]}),
     "fedntd": ({"strategy": "fedntd"}, {"strategy.beta": [0.3, 1.0]}),

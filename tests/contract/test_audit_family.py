@@ -33,7 +33,8 @@ CANARIES = {
 PARTIAL = {"fd", "fedcache", "fedd2s", "fedgkt", "fedmd", "fedper", "fedproto", "lg-fedavg"}
 """Strategies of which no whole network is anybody's but a client's."""
 RELEASES = {
-    *("ds-fl", "fd", "fedcache", "fedd2s", "fedgen", "fedgkt", "fedhkd", "fedmd", "fedproto"),
+    *("dho", "ds-fl", "fd", "fedcache", "fedd2s"),
+    *("fedgen", "fedgkt", "fedhkd", "fedmd", "fedproto"),
 }
 """Strategies whose server gives out knowledge beside weights."""
 EVERY = strategies.names()
@@ -48,8 +49,8 @@ def begun(tiny, tmp_path_factory):
         if (name, seed) not in made:
             path = tmp_path_factory.mktemp("audit") / "run"
             chosen = {"name": name, **OPTIONS.get(name, {})}
-            # FedMD's clients read the scores of round 1 in round 2.
-            rounds = 2 if name == "fedmd" else 1
+            # Clients of FedMD and DHO read the scores of round 1 in round 2.
+            rounds = 2 if name in ("fedmd", "dho") else 1
             run(tiny(chosen, {**CANARIES, "rounds": rounds, "seed": seed}), path)
             made[name, seed] = path
         return made[name, seed]

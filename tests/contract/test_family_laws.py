@@ -70,6 +70,7 @@ OFF = {
 and fedcache need none, since nobody else is there to learn from."""
 
 NEVER_CENTRALIZED = {
+    "dho": "labels are learned by a head beside the network, which is drawn by itself",
     "ditto": "the personal network draws batches of its own, so that the global one is FedAvg's",
     "fedgkt": "the network is split: the server trains the deep part on its own schedule",
 }

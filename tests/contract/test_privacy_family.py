@@ -40,6 +40,7 @@ SUMMED = {
     "fedgkd": {"weighting": "uniform"},
     "fedntd": {"weighting": "uniform"},
     "fml": {"weighting": "uniform"},
+    "dho": {"weighting": "uniform"},
     "fedhkd": {"weighting": "uniform"},
     "fedd2s": {"weighting": "uniform", "share": "mean"},
     "fd": {"share": "mean"},
@@ -49,7 +50,9 @@ SUMMED = {
 }
 """Strategies whose server reads sums over clients only, with the options that this takes."""
 AVERAGED = [
-    name for name, o in SUMMED.items() if o == {"weighting": "uniform"} and name != "fedhkd"
+    name
+    for name, o in SUMMED.items()
+    if o == {"weighting": "uniform"} and name not in ("fedhkd", "dho")
 ]
 UNDECLARED = {"fedgkt", "fedcache", "fedkd-wu2022"}
 """Strategies that upload what no mechanism covers."""

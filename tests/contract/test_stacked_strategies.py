@@ -16,6 +16,7 @@ WITHIN = 1e-5
 """Weights of a fit in single precision, after a few steps from the same start."""
 
 ALONE = {
+    "dho": {"the term 'pool_distil' (OnPool) is of one client only"},
     "fedgen": {"the term 'generated' (Generated) is of one client only"},
     "fedkd-wu2022": {"the term 'distil' compares the examples of a batch"},
 }
@@ -29,8 +30,12 @@ VARIANTS = {
     ],
     "fedhkd": [{"lam": 0.0, "gamma": 1.0}],
     "fedmd": [{"digest_loss": "kl", "temperature": 2.0, "subset": 16, "pretrain_epochs": 1}],
-    "fedgkd": [{"objective": "mse", "coefficient": 1.0, "models": 2}],
+    "fedgkd": [
+        {"objective": "mse", "coefficient": 1.0, "models": 2},
+        {"objective": {"name": "ofa", "branches": ["all"]}},
+    ],
     "fml": [{"alpha": 1, "beta": 0}],
+    "dho": [{"supervised_head": "averaged"}],
     "fedproto": [{"block": "fc1"}],
     "fedgen": [{"share": "head", "beta": 1.0, "fidelity": "teachers", "generator_steps": 2}],
     "feddf": [{"inputs": "generator", **{k: v for k, v in BRIEF.items() if "synthesis" not in k}}],

@@ -35,6 +35,7 @@ VARIANTS = {
         "cut-head": {"reading": "cut", "send": "head", "payload": "per_sample", **QUICK},
         "cut-own": {"reading": "cut", "share": "own", "payload": "per_sample", **QUICK},
         "up_to_cut": {"reading": "up_to_cut", "fuse_points": True, "drops": 0, **QUICK},
+        "ratio": {"policies": ["tgeo"]},
     },
     "lg-fedavg": {"input-end": {"shared": "input-end"}},
     "fd": {"plus": {"share_weights": True, "label_weighting": "examples"}},
@@ -47,7 +48,8 @@ VARIANTS = {
             "fusion": "entropy",
             "subset": 16,
             "pretrain_epochs": 1,
-        }
+        },
+        "reinforced": {"digest_loss": "kl", "top_k": 3, "cached_rounds": 2, "subset": 16},
     },
     "ds-fl": {
         "class-counts": {"fusion": "class-counts", "aggregation": "sa", "subset": 16},
@@ -55,8 +57,15 @@ VARIANTS = {
     },
     "fedgkt": {"deep": {"cut": "fc2", "head_hidden": 8, "alpha": 0, "server_epochs": 1}},
     "fedcache": {"all": {"search": "all", "neighbours": 2, "bits": 12}},
-    "fedgkd": {"mse": {"objective": "mse", "coefficient": 1.0, "models": 2}},
-    "fml": {"meme": {"alpha": 1, "beta": 0}},
+    "fedgkd": {
+        "mse": {"objective": "mse", "coefficient": 1.0, "models": 2},
+        "branches": {"objective": {"name": "ofa", "branches": ["all"]}},
+    },
+    "fml": {"meme": {"alpha": 1, "beta": 0}, "moving": {"policies": ["taid"]}},
+    "dho": {
+        "averaged": {"supervised_head": "averaged", "subset": 16, "pool_batch_size": 8},
+        "composite": {"teacher": "composite", "labelled_weight": 0.5},
+    },
     "fedkd-wu2022": {
         "plain": {"energy_start": 1, "energy_end": 1, "detach_divisor": False},
         "rank-one": {
@@ -87,6 +96,7 @@ VARIANTS = {
             "generator_width": 2,
         },
         "class-counts": {"fusion": "class-counts", "server_steps": 2},
+        "routed": {"policies": ["mst"], "server_steps": 4},
     },
 }
 """Options beside the defaults under which a strategy has other code to run."""
@@ -234,8 +244,17 @@ def test_memory_is_bounded(strategy, tiny, play):
 
 
 def shapes(run):
-    states = [run.state, *(run.client_state(k) for k in range(2))]
-    return [{key: array.shape for key, array in state.items()} for state in states]
+    """The shapes of all arrays; what is kept of the pool's examples may be of all of them."""
+    found = [run.state, *(run.client_state(k) for k in range(2))]
+    kept = [array for state in found for key, array in state.items() if of_pool(run, key)]
+    assert all(len(array) <= len(run.prepared.setting.public) for array in kept)
+    return [
+        {key: array.shape[of_pool(run, key) :] for key, array in state.items()} for state in found
+    ]
+
+
+def of_pool(run, key):
+    return key.startswith("cache/") and run.prepared.setting.public is not None
 
 
 @every
