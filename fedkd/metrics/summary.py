@@ -25,7 +25,8 @@ def summarise(log: Log, last_k: int) -> dict[str, Any]:
     unweighted mean over clients; lower is better.
 
     ``last`` has ``ece``, ``ece_floor`` and ``brier`` of all clients' test examples together, and
-    ``mean_last_k`` has ``ece``, where calibration was judged.
+    ``mean_last_k`` has ``ece``, where calibration was judged. ``agreement`` with teachers, where
+    soft targets taught anybody, is by measure: the mean over clients, and ``server/MEASURE/MODEL``.
     """
     readouts: dict[str, Any] = {}
     for readout in READOUTS:
@@ -34,7 +35,9 @@ def summarise(log: Log, last_k: int) -> dict[str, Any]:
             entry = _readout(log, readout, predict, last_k)
             if entry:
                 readouts.setdefault(readout, {})[predict] = entry
-    return {"readouts": readouts, "bytes": _bytes(log), "seconds": _seconds(log)}
+    found = {"readouts": readouts, "bytes": _bytes(log), "seconds": _seconds(log)}
+    agreement = _agreement(log)
+    return {**found, "agreement": agreement} if agreement else found
 
 
 def _readout(log: Log, readout: str, predict: str, last_k: int) -> dict[str, Any]:
@@ -100,6 +103,16 @@ def _add_bits(found: dict[str, Any], table: np.ndarray, rounds: Sequence[int], l
     for rule in ("last", "chosen_on_validation"):
         if rule in found:
             found[rule]["bits_per_character"] = means[found[rule]["round"]]
+
+
+def _agreement(log: Log) -> dict[str, float]:
+    """Return how students do as their teachers in the last round in which any was compared."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for r in log.records:
+        before, _, name = r.metric.partition("agreement/")
+        if name and before in ("", "server/"):
+            found.setdefault(before + name, {}).setdefault(r.round, []).append(r.value)
+    return {name: float(np.mean(by[max(by)])) for name, by in sorted(found.items())}
 
 
 def _judged(row: np.ndarray, examples: np.ndarray) -> dict[str, float]:

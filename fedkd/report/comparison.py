@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fedkd.engine.calibration import written
 from fedkd.engine.study import StudyResult
 from fedkd.metrics.intervals import bootstrap_mean, mean_t, paired_t
 from fedkd.report.claims import Claims, claims, spent
@@ -100,6 +101,7 @@ def _row(
     last = [r.entry("last") for r in runs]
     values |= _means({"own": own, "global": [e.get("global_accuracy") for e in last]})
     values |= _bits(runs)
+    values |= _agreement(runs)
     for key in ("bytes_up", "bytes_down"):
         values[key] = mean_t([r.summary["bytes"].get(key, 0.0) for r in runs])
     speeds = [r.summary["seconds"].get("train_per_round") for r in runs]
@@ -145,6 +147,17 @@ def _bits(runs: Sequence[RunView]) -> dict[str, Estimate]:
         each = np.where(seen, rows, 0).sum(0)[seen.any(0)] / seen.sum(0)[seen.any(0)]
         found[key] = replace(_over_clients(each, runs[0].seed), value=found[key].value)
     return found
+
+
+def _agreement(runs: Sequence[RunView]) -> dict[str, Estimate]:
+    """Return how often students answer as their teachers, where soft targets taught any."""
+    from fedkd.report.agreement import overall
+    from fedkd.report.collection import Group
+
+    if not all(run.summary.get("agreement") for run in runs):
+        return {}
+    found = overall(Group(runs[0].label, {}, list(runs)))
+    return {} if found is None else {"agreement": found}
 
 
 def _over_clients(values: np.ndarray, seed: int) -> Estimate:
@@ -227,16 +240,27 @@ def _readouts(runs: Sequence[RunView]) -> list[Readout]:
                 *("global_accuracy", "global_bits_per_character", "absent_accuracy"),
             ):
                 columns[key] = [e["last"].get(key) for e in entries]
+            values = _means(columns)
+            if "ece" in values:
+                values["ece"] = _ece(runs, readout, predict) or values["ece"]
             found.append(
                 Readout(
                     label=runs[0].label,
                     readout=readout,
                     predict=predict,
                     headline=(readout, predict) == runs[0].headline,
-                    values=_means(columns),
+                    values=values,
                 )
             )
     return found
+
+
+def _ece(runs: Sequence[RunView], readout: str, predict: str) -> Estimate | None:
+    """Return the calibration error of a single run with its interval over examples."""
+    from fedkd.report.calibration import over_examples
+
+    bins = written(runs[0].log.records, readout, predict) if len(runs) == 1 else None
+    return None if bins is None else over_examples(bins, runs[0].seed)
 
 
 def _notes(study: StudyResult, runs: dict[str, list[RunView]]) -> list[str]:
@@ -255,6 +279,12 @@ def _notes(study: StudyResult, runs: dict[str, list[RunView]]) -> list[str]:
             "Text: accuracy is next-token accuracy, the share of tokens that are predicted right. "
             "Bits per character: -log2 p of the text over its characters, mean over clients and "
             "rounds as accuracy; lower is better, and tokenizers can be compared by it."
+        )
+    if any(r.summary.get("agreement") for r in finished):
+        notes.append(
+            "As its teacher: how often a student's answer is that of its targets on what it was "
+            "taught, in the last round, in %; mean over the clients that were taught, or where "
+            "none was over the server's models. Not the share of right answers."
         )
     if any(r.experiment.canaries.kind != "none" for r in finished):
         notes.append(

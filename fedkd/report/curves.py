@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedkd.metrics.log import Log
+from fedkd.report.ends import Ends, ends
 from fedkd.types import Record
 
 
@@ -22,7 +23,8 @@ class Curves:
     ``bits`` is None unless the run is of text. ``bytes_up``, ``bytes_down`` (T,) and ``seconds``
     (T,) are of training, ``seconds_judging`` (T,) of judging. ``took_part`` (T, K) says who
     trained, ``lost`` (T, K) whose upload never came. ``epsilon`` is by round, where it is finite;
-    ``clock`` (T,) is the simulated duration of a round in its own unit.
+    ``clock`` (T,) is the simulated duration of a round in its own unit. ``ends`` is what the run
+    says beside accuracy.
     """
 
     clients: int
@@ -39,6 +41,7 @@ class Curves:
     clock: np.ndarray
     examples: np.ndarray
     epsilon: dict[int, float] = field(default_factory=dict)
+    ends: Ends = field(default_factory=Ends)
 
     def by_client(self, last_k: int) -> np.ndarray:
         """Return each client's accuracy (K,), mean of the last ``last_k`` judged rounds."""
@@ -89,6 +92,7 @@ def curves(records: Iterable[Record], clients: int, readout: str, predict: str) 
         clock=_series(log, "clock", "simulated", played, np.nan),
         examples=log.by_client("examples", "train"),
         epsilon=log.series("epsilon", "privacy"),
+        ends=ends(log, readout, predict),
     )
 
 

@@ -11,8 +11,8 @@ class Drawn:
     """One figure: ``name`` is its file stem, ``caption`` says what it shows and what it lacks.
 
     ``svg`` follows the page's colours (light or dark) by CSS variables; some figures have none.
-    ``section`` groups figures: accuracy, axis, fairness, traffic, costs, time, privacy, clients,
-    exposure, data, differences.
+    ``section`` groups figures: accuracy, axis, fairness, teachers, traffic, costs, time, privacy,
+    clients, exposure, data, differences.
     """
 
     name: str

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedkd.report.sheets import Sheet
 
 PAGE, TABLES, PARQUET = "report.html", "tables", "results.parquet"
-LONG = ("paired", "costs")
+LONG = ("paired", "fidelity", "hacking", "calibration", "costs")
 """Tables that are in the files and on the page, but not printed."""
 COMMANDS = "commands.txt"
 """File of a sweep's folder that keeps what was typed."""

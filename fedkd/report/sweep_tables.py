@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fedkd.report import measures, sweep_notes
+from fedkd.report import agreement, calibration, hacking, measures, sweep_notes
 from fedkd.report.claims import spent
 from fedkd.report.collection import RATIO, Collection, Group, Value, axis_title
 from fedkd.report.comparison import BASELINES
 from fedkd.report.measures import Target
+from fedkd.report.rows import heads, numeric, point_cells
 from fedkd.report.sheet_files import write
 from fedkd.report.sheet_screen import show
 from fedkd.report.sheets import Cell, Heading, Sheet, estimate_cell, plain_cell, plus_minus
@@ -33,7 +34,9 @@ def tables(collection: Collection, target: Target | None = None) -> list[Sheet]:
     """Return the sheets of a collection; those that would be empty are left out.
 
     ``headline`` everything of each label at each point, ``by_axis`` the accuracy of each label
-    along the main axis, ``paired`` differences, ``privacy``, ``tuning``, ``missing``, ``costs``.
+    along the main axis, ``paired`` differences, ``agreement`` with teachers, ``fidelity`` what goes
+    with it, ``hacking`` of teachers, ``calibration``, ``privacy``, ``tuning``, ``missing``,
+    ``costs``.
     Without ``target`` rounds and bytes are counted to :func:`measures.default_target`.
     """
     wanted = measures.default_target(collection) if target is None else target
@@ -42,6 +45,10 @@ def tables(collection: Collection, target: Target | None = None) -> list[Sheet]:
         headline(collection, wanted, leading),
         by_axis(collection, leading),
         paired(collection),
+        agreement.sheet(collection),
+        agreement.together(collection),
+        hacking.sheet(collection),
+        calibration.sheet(collection),
         privacy(collection),
         tuning(collection),
         missing(collection),
@@ -81,9 +88,9 @@ def headline(collection: Collection, target: Target, leading: set[tuple[str, int
     """Return one row for each label at each point, with all that is measured."""
     several = any(len(group.runs) > 1 for group in collection.groups)
     first, second = (STUDENT, BOOTSTRAP) if several else (BOOTSTRAP, STUDENT)
-    heads = _heads(collection)
+    at = heads(collection)
     measured = _measured(target)
-    columns = [*heads, Heading("label", "label"), Heading(ACCURACY.key, ACCURACY.title, "estimate")]
+    columns = [*at, Heading("label", "label"), Heading(ACCURACY.key, ACCURACY.title, "estimate")]
     columns += [_difference_heading(name, first, paper=True) for name in BASELINES]
     columns += [
         Heading(column.key, column.title, "estimate", paper=column.key in PAPER)
@@ -100,7 +107,7 @@ def headline(collection: Collection, target: Target, leading: set[tuple[str, int
             accuracy = measures.user_accuracy(group)
             best = (label, number) in leading
             reached, of = measures.reached(group, target)
-            cells = [*_point_cells(point), plain_cell(label)]
+            cells = [*point_cells(point), plain_cell(label)]
             cells.append(estimate_cell(ACCURACY, accuracy, best) if accuracy else _failed(group))
             cells += [_against(collection, group, name, first) for name in BASELINES]
             cells += [_cell(column, measure(group), of) for column, measure in measured]
@@ -114,7 +121,7 @@ def headline(collection: Collection, target: Target, leading: set[tuple[str, int
         tuple(columns),
         tuple(rows),
         sweep_notes.headline(collection, target, bool(leading)),
-        block=len(heads),
+        block=len(at),
         caption=f"{title}. {sweep_notes.caption(collection, bool(leading), target)}",
     ).without_empty()
 
@@ -134,6 +141,7 @@ def _measured(target: Target) -> list[tuple[Column, Measure]]:
             Column("bits_per_character", "bits per character", 1.0, 3, interval=True),
             measures.bits_per_character,
         ),
+        (Column("agreement", "as its teacher", interval=True), agreement.overall),
         (Column("epsilon", "epsilon", bound=True, absent="none"), lambda g: spent(g.runs)),
         (Column("worst_share", "worst 10 %"), measures.worst_share),
         (
@@ -159,10 +167,10 @@ def by_axis(collection: Collection, leading: set[tuple[str, int]]) -> Sheet | No
     points = collection.points()
     rests = collection.slices(axis)
     others = [key for key in collection.axes if key != axis]
-    heads = [Heading(key, axis_title(key)) for key in others]
+    beside = [Heading(key, axis_title(key)) for key in others]
     values = collection.axes[axis]
     shown = [plain_cell(value).text for value in values]
-    columns = [*heads, Heading("label", "label")]
+    columns = [*beside, Heading("label", "label")]
     columns += [Heading(f"{axis}={text}", text, "estimate") for text in shown]
     rows = []
     for rest in rests:
@@ -197,21 +205,21 @@ def main_axis(collection: Collection) -> str | None:
     None where nothing varies.
     """
     axes = collection.axes
-    numeric = [key for key in axes if _numeric(axes[key])]
-    ordered = [key for key in (RATIO, *numeric, *axes) if key in axes]
+    numbers = [key for key in axes if numeric(axes[key])]
+    ordered = [key for key in (RATIO, *numbers, *axes) if key in axes]
     return ordered[0] if ordered else None
 
 
 def paired(collection: Collection) -> Sheet:
     """Return the differences of labels at each point, and of each label along each axis."""
-    heads = _heads(collection)
+    at = heads(collection)
     rows = []
     points = collection.points()
     for group in sorted(collection.groups, key=lambda g: points.index(g.point)):
         for other in _references(collection, group):
             rows.append(_difference_row(group, other, other.label))
     for axis, values in collection.axes.items():
-        if not _numeric(values):
+        if not numeric(values):
             continue
         for rest in collection.slices(axis):
             for label in collection.labels:
@@ -220,7 +228,7 @@ def paired(collection: Collection) -> Sheet:
                     against = f"{axis_title(axis)} {plain_cell(groups[-1].point[axis]).text}"
                     rows.append(_difference_row(group, groups[-1], against))
     columns = (
-        *heads,
+        *at,
         Heading("label", "label"),
         Heading("against", "against"),
         Heading("difference", f"difference ({BOOTSTRAP})", "estimate"),
@@ -252,7 +260,7 @@ def _difference_row(group: Group, other: Group, against: str) -> tuple[Cell, ...
     column = Column("difference", "", interval=True, signed=True)
     seeds = len(set(group.seeds) & set(other.seeds))
     return (
-        *_point_cells(group.point),
+        *point_cells(group.point),
         plain_cell(group.label),
         plain_cell(against),
         estimate_cell(column, measures.difference(group, other)),
@@ -275,23 +283,8 @@ def _difference_heading(name: str, kind: str, *, paper: bool) -> Heading:
     return Heading(key, f"vs {name} ({kind})", "estimate", paper)
 
 
-def _heads(collection: Collection) -> list[Heading]:
-    return [
-        Heading(key, axis_title(key), "number" if _numeric(values) else "text")
-        for key, values in collection.axes.items()
-    ]
-
-
-def _point_cells(point: dict[str, Value]) -> list[Cell]:
-    return [plain_cell(value) for value in point.values()]
-
-
 def _failed(group: Group) -> Cell:
     return Cell(group.missing[0].state if group.missing else "–")
-
-
-def _numeric(values: tuple[Value, ...]) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def _key(value: Value) -> tuple[str, Value]:

@@ -76,6 +76,7 @@ COLUMNS = (
     Column("bits_per_character", "bits per character", 1.0, 3, interval=True),
     Column("difference", "vs local-only", interval=True, signed=True),
     Column("epsilon", "epsilon", bound=True, absent="none"),
+    Column("agreement", "as its teacher", interval=True),
     Column("worst_share", "worst 10 %"),
     Column("bytes_up", "MB up", 1e-6, -3),
     Column("bytes_down", "MB down", 1e-6, -3),
@@ -99,7 +100,7 @@ READOUT_COLUMNS = (
     Column("jain", "Jain", 1.0, 3),
     Column("loss", "loss", 1.0, 3),
     Column("brier", "Brier", 1.0, 3),
-    Column("ece", "ECE"),
+    Column("ece", "ECE", interval=True),
     Column("ece_floor", "ECE by chance"),
     Column("bits_per_character", "bits per character", 1.0, 3),
     Column("global_accuracy", "global test"),
@@ -107,10 +108,11 @@ READOUT_COLUMNS = (
     Column("absent_accuracy", "absent classes"),
 )
 SOMETIMES = (
-    *("epsilon", "bits_per_character", "global_bits_per_character"),
+    *("agreement", "epsilon", "bits_per_character", "global_bits_per_character"),
     *("brier", "ece", "ece_floor"),
 )
-"""Columns left out where no run has a value: no mechanism, no text, calibration not judged."""
+"""Columns left out where no run has a value: nobody is taught, no mechanism, no
+text, calibration not judged."""
 
 
 def write(shown: Comparison, study_json: bool = True) -> list[Path]:
@@ -251,7 +253,8 @@ def readouts_markdown(shown: Comparison) -> str:
     sure = (
         "- ECE (in %) and Brier: of all clients' test examples together in the last round; ECE "
         "over 15 bins of confidence. Chance alone makes it larger than 0: compare with the column "
-        "beside it, which is about what a calibrated predictor as sure as this one has.\n"
+        "beside it, which is about what a calibrated predictor as sure as this one has. Its 95 % "
+        "interval: over seeds (t), of one seed over examples (basic bootstrap).\n"
     )
     return (
         f"# {shown.name}: read-outs and predictors\n\n{table}\n\n"

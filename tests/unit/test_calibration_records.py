@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from fedkd.data.federated import Split
 from fedkd.engine.calibration import MOST, WIDTH, Pool, check_packed, packed, unpacked, written
 from fedkd.engine.client_app import _report
 from fedkd.engine.flower_strategy import means, unpack
+from fedkd.engine.folder import read_records
 from fedkd.errors import RunError
 from fedkd.metrics.bins import UNIT, Bins, binned, pooled
 from fedkd.metrics.calibration import bin_sums, brier
@@ -26,6 +29,7 @@ from fedkd.report import measures
 from fedkd.report.charts.reliability import bins
 from fedkd.report.collection import Group
 from fedkd.report.comparison import Comparison, Readout
+from fedkd.report.ends import ends
 from fedkd.report.tables import readouts_markdown
 from fedkd.types import Estimate, Record
 
@@ -254,6 +258,11 @@ class Ended:
     folder: Path
     summary: dict
     headline: tuple[str, str] = ("composite", "m")
+
+    @cached_property
+    def curves(self):
+        log = Log(1, read_records(self.folder / "metrics.jsonl"))
+        return SimpleNamespace(ends=ends(log, *self.headline))
 
     def entry(self, which):
         return self.summary["readouts"]["composite"]["m"][which]

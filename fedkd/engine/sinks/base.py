@@ -19,6 +19,8 @@ from fedkd.registry import Registry
 from fedkd.types import Metrics, Record
 
 Setting = str | int | float | bool
+BINS = "bin_"
+"""What begins so is of the last round alone: values for a diagram, not for a curve."""
 
 sinks: Registry[type[Sink]] = Registry("sink", "fedkd.engine.sinks", "sinks")
 """Sinks by name; a drop-in imports this and :class:`Sink` and stands in ``sinks/NAME.py``."""
@@ -113,7 +115,8 @@ def values(records: Iterable[Record]) -> dict[int, Metrics]:
     """Return by round what sinks are given: the federation's values, else the mean over clients.
 
     Names are read-out, predictor, split and metric: ``composite/personal/test/accuracy``,
-    ``train/bytes_up``. The mean is over the clients that have a value, each counted once.
+    ``train/bytes_up``. The mean is over the clients that have a value, each counted once. Bins of
+    confidence are left out: a curve of a single value each says nothing.
 
     >>> values([Record(round=1, metric="loss", value=v, client=k) for k, v in enumerate([1, 3])])
     {1: {'loss': 2.0}}
@@ -121,6 +124,8 @@ def values(records: Iterable[Record]) -> dict[int, Metrics]:
     of_clients: dict[tuple[int, str], list[float]] = {}
     found: dict[int, Metrics] = {}
     for r in records:
+        if r.metric.startswith(BINS):
+            continue
         name = "/".join(part for part in (r.readout, r.predict, r.split, r.metric) if part)
         if r.client >= 0:
             of_clients.setdefault((r.round, name), []).append(r.value)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fedkd.engine.calibration import written
-from fedkd.metrics.bins import Bins, pooled
+from fedkd.metrics.bins import Bins
+from fedkd.report.calibration import ECE, bins, over_examples
 from fedkd.report.charts.canvas import Canvas, Rest, seeds
 from fedkd.report.charts.rounds import panel_title
 from fedkd.report.charts.sheet import outer, sheet
 from fedkd.report.collection import Group
 from fedkd.report.drawn import Drawn
-from fedkd.report.runs import RunView
-from fedkd.types import Record
 
 FEWEST = 10
 """Examples that a bin needs: with fewer its interval covers nearly everything."""
+MOST = 6
+"""Diagrams whose errors the caption names."""
 
 
 def reliability(canvas: Canvas) -> Iterator[Drawn]:
@@ -28,7 +27,8 @@ def reliability(canvas: Canvas) -> Iterator[Drawn]:
     def one(name: str, rest: Rest, end: str) -> Drawn | None:
         values, left = canvas.panels(main, rest)
         held = {v: [(g, bins(g)) for g in canvas.at(main, v, rest)] for v in values}
-        groups = [g for found in held.values() for g, own in found if own is not None]
+        known = [(g, own) for found in held.values() for g, own in found if own is not None]
+        groups = [g for g, _ in known]
         if not groups:
             return None
         with sheet(canvas.folder / name, len({g.label for g in groups}) + 1, len(values)) as made:
@@ -56,25 +56,17 @@ def reliability(canvas: Canvas) -> Iterator[Drawn]:
             "Test examples of all clients in the last round, in 15 bins of the probability of the "
             f"answer, pooled over {seeds(groups)}. Below the grey line: surer than right. Bars: "
             "Clopper-Pearson 95 %, each bin for itself and each example counted as independent; "
-            f"bins of fewer than {FEWEST} examples are not drawn. {skipped}"
+            f"bins of fewer than {FEWEST} examples are not drawn. {_errors(known)} {skipped}"
         )
         return canvas.drawn(name, "Reliability", f"{caption} {end}", "accuracy")
 
     yield from canvas.each(main, one, "reliability")
 
 
-def bins(group: Group) -> Bins | None:
-    """Return what the headlines of all seeds together have in each bin; None where one has none."""
-    found = [_ended(run) for run in group.runs]
-    known = [one for one in found if one is not None]
-    return pooled(known) if known and len(known) == len(found) else None
-
-
-def _ended(run: RunView) -> Bins | None:
-    """Return the bins of a run's end, reading no other line of its records."""
-    readout, predict = run.headline
-    entry = run.summary.get("readouts", {}).get(readout, {}).get(predict, {})
-    if "ece" not in entry.get("last", {}):
-        return None
-    lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return written((Record(**json.loads(s)) for s in lines if '"bin_' in s), readout, predict)
+def _errors(known: Sequence[tuple[Group, Bins]]) -> str:
+    """Return the errors of what is drawn, where a caption has room for them."""
+    if len(known) > MOST:
+        return "Expected calibration errors: see the table."
+    found = [(group.label, over_examples(own, group.runs[0].seed)) for group, own in known]
+    each = ", ".join(f"{label} {ECE.show(error)}" for label, error in found)
+    return f"Expected calibration error in %: {each} ({found[0][1].method})."

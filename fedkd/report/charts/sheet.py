@@ -155,9 +155,14 @@ def size(panels: int) -> tuple[int, int]:
 
 @contextmanager
 def sheet(
-    stem: Path, series_: int, panels: int = 1, height: float = 0.0, wide: bool = False
+    stem: Path,
+    series_: int,
+    panels: int = 1,
+    height: float = 0.0,
+    wide: bool = False,
+    shared: bool = True,
 ) -> Iterator[Sheet]:
-    """Give a figure of so many panels with shared axes; write it when the block is left.
+    """Give a figure of so many panels; write it when the block is left.
 
     Args:
         stem: the files without suffix.
@@ -165,6 +170,7 @@ def sheet(
         panels: how many; one is as wide as a column, several as two.
         height: inches of one panel; 0: what suits their width.
         wide: whether one panel, too, is as wide as two columns.
+        shared: whether all panels have the same axes.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -179,7 +185,7 @@ def sheet(
         tall = rows * (height or (2.75 if columns == 1 else 2.15)) + below
         figure = Figure(figsize=(width, tall), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False)
         every = list(grid.flat)
         for axes in every[panels:]:
             axes.set_visible(False)
