@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkd.clients.guided import Guide, Led, led
-from fedkd.clients.local import Batch, Term
+from fedkd.clients.local import Batch, Compared, Term
 from fedkd.clients.stacked.modules import signature
 from fedkd.clients.terms import OnWeights, alike, widened
 from fedkd.data.federated import Split
-from fedkd.distill.objectives.base import Objective
+from fedkd.distill.objectives.base import Objective, divided
 from fedkd.distill.targets import Targets, joined
 from fedkd.models.base import HEAD, POOLED, BlockNet
 from fedkd.types import Task
@@ -66,6 +66,7 @@ class HeadOnClasses(Led):
 
     dp = "weights-only"
     name = "head_distil"
+    teaches = True
 
     def __init__(
         self,
@@ -89,6 +90,10 @@ class HeadOnClasses(Led):
             return self.objective(logits, self.probs, self.temperature).mean()
         rows = (logits, self.probs, self.temperature, self.labels)
         return self.guide.loss(self.objective, *rows, told=False).mean()
+
+    def compared(self, batch: Batch) -> Compared:
+        logits = widened(self.head(self.inputs))
+        return Compared(divided(logits, self.temperature), self.probs, "@head")
 
     @classmethod
     def merged(cls, terms: Sequence[Self], data: Sequence[Split]) -> Term | None:

@@ -13,11 +13,11 @@ from torch.nn import functional
 from fedkd.clients.client import ByNetworks, Predictor
 from fedkd.clients.guided import Guide, Led
 from fedkd.clients.heads import infer
-from fedkd.clients.local import Batch, Term
+from fedkd.clients.local import Batch, Compared, Term
 from fedkd.clients.stacked.modules import join
 from fedkd.clients.terms import HeadSupervised, alike, widened
 from fedkd.data.federated import Split
-from fedkd.distill.objectives.base import Objective
+from fedkd.distill.objectives.base import Objective, divided
 from fedkd.models.base import BlockNet
 from fedkd.rng import Rng
 
@@ -43,6 +43,7 @@ class OnPool(Led):
 
     dp = "weights-only"
     name = "pool_distil"
+    teaches = True
 
     def __init__(
         self,
@@ -68,6 +69,11 @@ class OnPool(Led):
         logits = widened(self.model(self.x.index_select(0, index)))
         probs = self.probs.index_select(0, index)
         return self.taught(self.objective, logits, probs, self.temperature, None).mean()
+
+    def compared(self, batch: Batch) -> Compared:
+        # Of the whole pool, in whatever parts examples are looked at.
+        logits = widened(self.model(self.x))
+        return Compared(divided(logits, self.temperature), self.probs, "@pool")
 
     def _drawn(self) -> Tensor:
         """Return the positions of the next step."""

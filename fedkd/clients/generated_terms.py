@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkd.clients.guided import Guide, Led
-from fedkd.clients.local import Batch, Term
+from fedkd.clients.local import Batch, Compared, Term
 from fedkd.clients.synthesis import codes_for, sample
 from fedkd.distill.generator import Codes, draw_noise
 from fedkd.distill.objectives.base import Objective
@@ -83,6 +83,7 @@ class GeneratedTargets(Led):
     """
 
     name = "latent"
+    teaches = True
 
     def __init__(
         self,
@@ -103,12 +104,7 @@ class GeneratedTargets(Led):
         self._step = 0
 
     def __call__(self, batch: Batch) -> Tensor:
-        noise = draw_noise(len(batch.y), self.noise, self.rng.child(self._step))
-        self._step += 1
-        codes = Codes(noise.to(batch.y.device), batch.y, len(self.prior))
-        with torch.no_grad():
-            probs = functional.softmax(self.head(sample(self.generator, codes).x), dim=1)
-        real = self.prior[batch.y] > 0
+        probs, real = self._said(batch)
         if self.guide is None:
             loss = self.taught(self.objective, batch.logits, probs, 1.0, batch.y)
             return torch.where(real, loss, torch.zeros_like(loss))
@@ -117,3 +113,16 @@ class GeneratedTargets(Led):
         rows = (batch.logits[real], probs[real], 1.0, batch.y[real])
         found = self.taught(self.objective, *rows).to(batch.logits.dtype)
         return batch.logits.new_zeros(len(real)).masked_scatter(real, found)
+
+    def _said(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the head says of features made for a batch, and who has a target."""
+        noise = draw_noise(len(batch.y), self.noise, self.rng.child(self._step))
+        self._step += 1
+        codes = Codes(noise.to(batch.y.device), batch.y, len(self.prior))
+        with torch.no_grad():
+            probs = functional.softmax(self.head(sample(self.generator, codes).x), dim=1)
+        return probs, self.prior[batch.y] > 0
+
+    def compared(self, batch: Batch) -> Compared:
+        probs, real = self._said(batch)
+        return Compared(batch.logits[real], probs[real])

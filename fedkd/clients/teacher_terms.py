@@ -203,6 +203,7 @@ class ToPeer(Led):
     """The peer learns from the network: ``D(softmax(z) || softmax(z_peer))``, z a constant."""
 
     name = "peer_distil"
+    teaches = True
 
     def __init__(
         self,
@@ -220,6 +221,9 @@ class ToPeer(Led):
         probs = spoken(batch.logits)
         return self.taught(self.objective, self.peer(batch)[0], probs, 1.0, batch.y)
 
+    def compared(self, batch: Batch) -> Compared:
+        return Compared(self.peer(batch)[0], spoken(batch.logits), "@peer")
+
     def modules(self) -> Sequence[nn.Module]:
         return (self.peer.net, *super().modules())
 
@@ -234,8 +238,15 @@ class AdaptiveFromPeer(FromPeer):
 
     dp = "batch-coupled"
 
-    def __init__(self, peer: Peer, weight: float, divisor: TaskDivisor) -> None:
-        super().__init__(peer, weight)
+    def __init__(
+        self,
+        peer: Peer,
+        weight: float,
+        divisor: TaskDivisor,
+        objective: Objective = PLAIN,
+        guide: Guide | None = None,
+    ) -> None:
+        super().__init__(peer, weight, objective, guide)
         self.divisor = divisor
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -247,8 +258,15 @@ class AdaptiveToPeer(ToPeer):
 
     dp = "batch-coupled"
 
-    def __init__(self, peer: Peer, weight: float, divisor: TaskDivisor) -> None:
-        super().__init__(peer, weight)
+    def __init__(
+        self,
+        peer: Peer,
+        weight: float,
+        divisor: TaskDivisor,
+        objective: Objective = PLAIN,
+        guide: Guide | None = None,
+    ) -> None:
+        super().__init__(peer, weight, objective, guide)
         self.divisor = divisor
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -317,7 +335,7 @@ def mutual(
 
     Either pair is (weight of the labels, weight of the other's predictions); a term of weight 0 is
     left out, so that a network that learns from labels only does so to the last bit. ``guides``
-    lead what the network is taught by its peer, and what the peer is; not with a ``divisor``.
+    lead what the network is taught by its peer, and what the peer is.
     """
     terms: list[Term] = [Supervised(own[0]), PeerSupervised(peer, other[0])]
     if divisor is None:
@@ -327,8 +345,8 @@ def mutual(
         ]
     else:
         terms += [
-            AdaptiveFromPeer(peer, own[1], divisor),
-            AdaptiveToPeer(peer, other[1], divisor),
+            AdaptiveFromPeer(peer, own[1], divisor, objective, guides[0]),
+            AdaptiveToPeer(peer, other[1], divisor, objective, guides[1]),
         ]
     return [term for term in terms if term.weight]
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from fedkd.clients.client import Client, Predictor, Update
+from fedkd.clients.guided import guide_of
 from fedkd.clients.local import Term
 from fedkd.clients.teacher_terms import (
     HiddenMatch,
@@ -23,6 +24,7 @@ from fedkd.clients.teacher_terms import (
     projection,
     together,
 )
+from fedkd.distill.chosen import Chosen, ChosenPolicies, chosen, problems_of
 from fedkd.distill.low_rank import Factors, factorise, most_rank, restore
 from fedkd.models.base import BlockNet
 from fedkd.models.book import to_arrays
@@ -56,6 +58,13 @@ class FedKDWu2022(ModelAveraging):
     kd_weight: Annotated[
         NonNegative, Field(description="weight of the two divergences of predictions")
     ] = 1.0
+    objective: Annotated[
+        Chosen | None,
+        Field(description="what each learns from the other by, see fedkd list; none: kl"),
+    ] = None
+    policies: Annotated[
+        ChosenPolicies, Field(description="target policies, one after another, see fedkd list")
+    ] = None
     hidden_weight: Annotated[
         NonNegative, Field(description="weight of the distance of last features")
     ] = 1.0
@@ -85,7 +94,7 @@ class FedKDWu2022(ModelAveraging):
         return min(self.energy_start, self.energy_end) < 1
 
     def problems(self, setting: Setting) -> list[str]:
-        return []
+        return problems_of(self.objective or "kl", guided=self.policies, offers=())
 
     def broadcast(self, state: Arrays, client: ClientInfo, round_: int, setting: Setting) -> Arrays:
         """Send the last update to whoever holds what it was made to, the whole mentee to others.
@@ -103,7 +112,7 @@ class FedKDWu2022(ModelAveraging):
         start = self._received(client, received)
         mentor, mentee = self._networks(client, start)
         hidden = self._projection(client, mentor, mentee) if self.hidden_weight else None
-        result = client.fit(mentor, self._terms(mentor, mentee, hidden))
+        result = client.fit(mentor, self._terms(client, mentor, mentee, hidden))
         client.state.update(prefixed("mentor", to_arrays(mentor)))
         if hidden is not None:
             client.state.update(prefixed("projection", to_arrays(hidden)))
@@ -172,12 +181,19 @@ class FedKDWu2022(ModelAveraging):
         rng, kept = Rng(client.seed, ("projection",)), select(client.state, "projection")
         return projection(size, into, rng, kept).to(client.device)
 
-    def _terms(self, mentor: BlockNet, mentee: BlockNet, hidden: nn.Module | None) -> list[Term]:
+    def _terms(
+        self, client: Client, mentor: BlockNet, mentee: BlockNet, hidden: nn.Module | None
+    ) -> list[Term]:
         blocks = (mentor.block_names[-1], mentee.block_names[-1])
         peer = Peer(mentee, frozenset({blocks[1]}) if hidden is not None else frozenset())
         divisor = TaskDivisor(peer, self.divisor, self.detach_divisor, self.divisor_floor)
         weights = (1.0, self.kd_weight)
-        terms = mutual(peer, weights, weights, divisor)
+        # Either direction has policies of its own: they learn from other losses.
+        guides = (
+            guide_of(self.policies, client, place="policies/mentor"),
+            guide_of(self.policies, client, place="policies/mentee"),
+        )
+        terms = mutual(peer, weights, weights, divisor, chosen(self.objective or "kl"), guides)
         if hidden is not None:
             terms.append(HiddenMatch(peer, blocks, hidden, self.hidden_weight, divisor))
         return terms

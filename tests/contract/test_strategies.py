@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -198,6 +199,29 @@ def test_state_holds_arrays_and_only_knowledge_travels(strategy, half):
             assert value.dtype.kind in "fiu", key
     travelled = set(run.ledger.totals().tensors)
     assert travelled <= KINDS
+
+
+QUIET = (
+    {"name": "fedgen", **SMALL["fedgen"]},
+    {"name": "fedhkd", **VARIANTS["fedhkd"]["features"]},
+    # A cut that is new in the last round has no teacher yet.
+    {"name": "fedd2s", **VARIANTS["fedd2s"]["cut"]},
+)
+"""Where an objective is named that teaches nobody, by default or with these options."""
+
+
+@every
+def test_who_is_taught_is_compared_with_its_teacher(strategy, half):
+    run = half(strategy)
+    found = [r for r in run.log.records if "agreement/" in r.metric]
+    made = run.prepared.strategy
+    teaches = hasattr(made, "objective") or hasattr(made, "digest_loss")
+    assert bool(found) == (teaches and strategy not in QUIET)
+    for r in found:
+        assert r.round == 3 and math.isfinite(r.value)
+        assert r.split == ("train" if r.client >= 0 else "")
+        least = -1 if "/tau" in r.metric else 0
+        assert r.value >= least and (r.value <= 1 + 1e-9 or "/kl" in r.metric)
 
 
 @every

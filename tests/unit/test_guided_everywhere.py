@@ -35,8 +35,17 @@ TAUGHT = {
     "fedhkd": {"lam": 1.0, "gamma": 0.0},
     "fml": {},
     "fedntd": {},
+    "fedkd-wu2022": {"energy_start": 1, "energy_end": 1, "hidden_weight": 0.0},
 }
-UNTAUGHT = {"fedgen": {"alpha": 0.0, "beta": 0.0}, "fedhkd": {"lam": 0.0, "gamma": 0.0}}
+UNTAUGHT = {
+    "fedgen": {"alpha": 0.0, "beta": 0.0},
+    "fedhkd": {"lam": 0.0, "gamma": 0.0},
+    "fedkd-wu2022": {"kd_weight": 0.0},
+}
+PLACES = {
+    "fml": ["policies/personal", "policies/meme"],
+    "fedkd-wu2022": ["policies/mentor", "policies/mentee"],
+}
 BRIEF = {
     "rounds": 2,
     "evaluate.every": 5,
@@ -99,9 +108,15 @@ def played(tiny, play):
     return go
 
 
-@pytest.mark.parametrize("name", ["fedgen", "fedhkd", "fml"])
+@pytest.mark.parametrize("name", ["fedgen", "fedhkd", "fml", "fedkd-wu2022"])
 def test_a_policy_that_changes_nothing_changes_no_bit(name, played, bits):
     assert bits(played(name, [SAME])) == bits(played(name))
+
+
+def test_mentor_and_mentee_learn_by_any_objective_and_by_kl_where_none_is_named(played, bits):
+    plain = bits(played("fedkd-wu2022"))
+    assert bits(played("fedkd-wu2022", objective="kl")) == plain
+    assert bits(played("fedkd-wu2022", objective="reverse-kl")) != plain
 
 
 def test_a_policy_that_changes_nothing_leaves_not_true_distillation_as_it_is(played):
@@ -132,7 +147,7 @@ def test_a_weight_of_nothing_teaches_nothing(name, played):
 @each
 def test_what_policies_learn_is_trained_along_and_kept_by_each_client(name, played):
     run = played(name, [LEARNED, "taid"])
-    places = ["policies/personal", "policies/meme"] if name == "fml" else ["policies"]
+    places = PLACES.get(name, ["policies"])
     thetas = []
     for k in range(2):
         state = run.client_state(k)
