@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from fedkd.distill.policies.base import TargetPolicy
 from fedkd.errors import RunError
 from fedkd.models.book import load, to_arrays
 from fedkd.models.initial import initialise
@@ -66,3 +68,20 @@ class Learned:
     def remember(self, arrays: Arrays) -> None:
         """Keep parameters for when the network is made."""
         self._kept = dict(arrays)
+
+
+class LearnedPolicy(TargetPolicy):
+    """A policy with a network of its own, which goes on from fit to fit."""
+
+    @cached_property
+    def _learned(self) -> Learned:
+        return Learned()
+
+    def modules(self) -> Sequence[nn.Module]:
+        return self._learned.modules()
+
+    def arrays(self) -> Arrays:
+        return self._learned.arrays()
+
+    def remember(self, arrays: Arrays) -> None:
+        self._learned.remember(arrays)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fedkd.distill.objectives.base import divided
-from fedkd.distill.policies.base import TargetPolicy, Taught, policies
+from fedkd.distill.policies.base import Taught, policies
 from fedkd.distill.policies.ctkd import reversed_gradient
-from fedkd.distill.policies.learned import Learned
+from fedkd.distill.policies.learned import LearnedPolicy
 from fedkd.distill.policies.tempering import logarithm
 from fedkd.options import Count, Positive, options
 from fedkd.rng import Rng
-from fedkd.types import Arrays
 
 
 @policies.register("meal")
 @options
-class Discriminated(TargetPolicy):
+class Discriminated(LearnedPolicy):
     """A discriminator of log-probabilities: ``weight/2 [BCE(D(log q), 0) + BCE(D(log p), 1)]``.
 
     q = softmax(z / T) is the student and p the teacher, both at T. D is a perceptron that is
@@ -47,22 +44,9 @@ class Discriminated(TargetPolicy):
     ] = True
     hidden: Annotated[Count, Field(description="hidden units of the discriminator")] = 16
 
-    @cached_property
-    def _learned(self) -> Learned:
-        return Learned()
-
     def sized(self, classes: int, teachers: int, rng: Rng) -> None:
         self._learned.make((classes, self.hidden, 1), rng)
         self._learned.settle()
-
-    def modules(self) -> Sequence[nn.Module]:
-        return self._learned.modules()
-
-    def arrays(self) -> Arrays:
-        return self._learned.arrays()
-
-    def remember(self, arrays: Arrays) -> None:
-        self._learned.remember(arrays)
 
     def __call__(self, taught: Taught) -> Taught:
         return taught

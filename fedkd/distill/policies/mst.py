@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fedkd.distill.objectives.base import divided
-from fedkd.distill.policies.base import TargetPolicy, Taught, policies
-from fedkd.distill.policies.learned import Learned
+from fedkd.distill.policies.base import Taught, policies
+from fedkd.distill.policies.learned import LearnedPolicy
 from fedkd.distill.policies.tempering import logarithm
 from fedkd.errors import RunError
 from fedkd.options import Count, NonNegative, options
 from fedkd.rng import Rng
-from fedkd.types import Arrays
 
 
 @policies.register("mst")
 @options
-class Routed(TargetPolicy):
+class Routed(LearnedPolicy):
     """Routing over K teachers: ``p' = sum_k g_k p_k / sum_k g_k`` over the ``top`` gates g.
 
     ``g = softmax(G(z))`` with z the student's logits, as constants, and G a perceptron that is
@@ -55,25 +53,12 @@ class Routed(TargetPolicy):
     hidden: Annotated[Count, Field(description="hidden units of the gate")] = 32
 
     @cached_property
-    def _learned(self) -> Learned:
-        return Learned()
-
-    @cached_property
     def _last(self) -> dict[str, Tensor]:
         return {}
 
     def sized(self, classes: int, teachers: int, rng: Rng) -> None:
         self._learned.make((classes, self.hidden, teachers), rng)
         self._learned.settle()
-
-    def modules(self) -> Sequence[nn.Module]:
-        return self._learned.modules()
-
-    def arrays(self) -> Arrays:
-        return self._learned.arrays()
-
-    def remember(self, arrays: Arrays) -> None:
-        self._learned.remember(arrays)
 
     def gates(self, logits: Tensor) -> Tensor:
         """Return the gates (B, K) of a student's logits (B, C), which add up to 1."""
