@@ -79,7 +79,7 @@ def _measured(student: Tensor, teacher: Tensor) -> Metrics:
     # Rows of float32 do not add up to 1 as exactly as meters expect of distributions.
     p, q = (x / x.sum(1, keepdim=True) for x in (teacher, student))
     # Who has no distribution agrees with nobody; a fit that diverged says so for itself.
-    if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
+    if not (torch.isfinite(p).all() and torch.isfinite(q).all() and (p >= 0).all()):
         return {}
     t, s = p.numpy(), q.numpy()
     found = {
